@@ -1,0 +1,414 @@
+"""LoFi's model (Sec. 2.0.1, Fig. 1a): SigLIP 2 towers, 64 attention pooling queries, Gemma 3.
+
+    from model import LoFi
+    model = LoFi.from_pretrained("runs/phantom")
+    model.ground(image, ["The heart is enlarged."])          # -> boxes; also report, describe
+    python model.py export RUN OUT                           # a plain SiglipModel folder, LoRA merged
+
+B images  P patches  V visual tokens (64)  T text tokens  D shared width  H LLM width
+R rows of the LLM (image, prompt, target)  L prompt and target tokens  N target tokens of all rows
+boxes: (x0, y0, x1, y1), fractions of width and height
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, SiglipConfig,
+                          SiglipImageProcessor, SiglipModel)
+from transformers.modeling_utils import load_state_dict as load_safetensors, safe_save_file
+
+import data
+
+
+class ModelError(ValueError):
+    """A model cannot be built or loaded; the message is one line that says what to do."""
+
+
+# ---- hyper-parameters, each once ----------------------------------------------------------------
+
+SIGLIP2_400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+TINY_TOWER = dict(hidden_size=128, intermediate_size=384, num_attention_heads=2, hidden_act="gelu")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The paper's setting; TINY below is the miniature. Sizes count only when nothing is loaded."""
+    preset: str = "paper"
+    encoder: str | None = "google/siglip2-so400m-patch16-512"   # E_I and E_T            (Sec. 2.0.4)
+    llm: str | None = "google/gemma-3-270m"                     # LLM                    (Sec. 2.0.4)
+    n_queries: int = 64             # attention pooling modules, V                       (Sec. 2.0.1)
+    lora_rank: int = 16             # q, k, v, out of both encoders; 0: all trains       (Sec. 2.0.4)
+    lora_alpha: int = 16            # not stated in the paper
+    llm_lora_rank: int = 4          # q, v of the LLM; 0: all trains                     (Sec. 2.0.4)
+    llm_lora_alpha: int = 4         # not stated in the paper
+    lam: float = 5.0                # lambda of the total loss                           (Sec. 2.0.1)
+    lr: float = 3e-4                # initial, then cosine annealing                     (Sec. 2.0.4)
+    epochs: int = 10                #                                                    (Sec. 2.0.4)
+    batch_size: int = 16            #                                                    (Sec. 2.0.4)
+    warmup: float = 0.02            # share of the steps; not stated in the paper
+    weight_decay: float = 0.01      # not stated in the paper
+    clip: float = 1.0               # gradient norm; not stated in the paper
+    n_regions: int = 1              # regions of an image in a step; not stated in the paper
+    max_target: int = 256           # tokens of a target; not stated in the paper
+    augment: bool = False           # crop, brightness, contrast; not stated in the paper
+    cache: bool = False             # keep decoded films in memory
+    vocab_size: int = 32_000        # at most, of a tokenizer learned where none can be loaded
+    vision: dict = dataclasses.field(default_factory=lambda: dict(SIGLIP2_400M, image_size=512, patch_size=16))
+    text: dict = dataclasses.field(default_factory=lambda: dict(
+        SIGLIP2_400M, vocab_size=256_000, max_position_embeddings=64, projection_size=1152))
+    decoder: dict = dataclasses.field(default_factory=lambda: dict(
+        vocab_size=262_144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, head_dim=256,
+        num_attention_heads=4, num_key_value_heads=1, sliding_window=512, max_position_embeddings=32_768))
+
+
+PAPER = Config()
+TINY = Config(
+    preset="tiny", encoder=None, llm=None, n_queries=25, lora_rank=0, llm_lora_rank=0,
+    lr=1.5e-3, epochs=16, batch_size=64, weight_decay=0.05, warmup=0.05, n_regions=2, max_target=96,
+    augment=True, cache=True, vocab_size=2048,
+    vision=dict(TINY_TOWER, num_hidden_layers=4, image_size=64, patch_size=8),
+    text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=40, projection_size=128),
+    decoder=dict(hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64, initializer_range=0.08,
+                 hidden_activation="silu", max_position_embeddings=1024))
+PRESETS = {"paper": PAPER, "tiny": TINY}
+
+# LoRA on the encoder layers alone: the suffix "out_proj" would also wrap the pooling head's, where
+# it has neither effect nor gradient.
+ENCODER_LORA = r".*encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+LLM_LORA = r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"
+
+
+# ---- attention pooling and projection -----------------------------------------------------------
+
+def grid_code(n, width, heads):
+    """Sine and cosine code of an n x n grid, the same in every head: (n * n, width).
+
+    A head of h channels holds h / 4 frequencies of x and of y, from half a period over the film to
+    one period in four patches of an 8 x 8 grid; equal places have the largest product."""
+    n_frequencies = width // heads // 4
+    frequency = torch.pi * 2 ** torch.linspace(0, 2, n_frequencies)
+    place = (torch.arange(n) + 0.5) / n
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    angle = torch.stack([x, y], -1).view(n * n, 2, 1) * frequency                  # (n * n, 2, h / 4)
+    code = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)                    # (n * n, h)
+    return F.pad(code, (0, width // heads - code.shape[1])).repeat(1, heads)
+
+
+class AttentionPooling(nn.Module):
+    """V learned queries attend to P patches, then a projection to the LLM's width (Sec. 2.0.1).
+
+    The queries start on a grid over the film, and the keys carry the same code, so that each starts
+    by looking at its own place (how they start is not stated in the paper)."""
+
+    def __init__(self, width, heads, n_patches, n_queries, llm_width):
+        super().__init__()
+        self.register_buffer("place", grid_code(round(n_patches ** 0.5), width, heads), persistent=False)
+        code = grid_code(int(np.ceil(n_queries ** 0.5)), width, heads)
+        self.queries = nn.Parameter(2 * code[torch.linspace(0, len(code) - 1, n_queries).round().long()])
+        self.norm_patches = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, llm_width)
+        with torch.no_grad():                                  # queries meet keys as they are
+            self.attention.in_proj_weight[:2 * width] = torch.eye(width).repeat(2, 1)
+
+    def forward(self, patches):
+        patches = self.norm_patches(patches)                                       # (B, P, D_v)
+        queries = self.queries.expand(len(patches), -1, -1)                        # (B, V, D_v)
+        pooled, _ = self.attention(queries, patches + 2 * self.place, patches, need_weights=False)
+        return self.projection(self.norm(pooled))                                  # (B, V, H)
+
+
+# ---- loading and building the parts -------------------------------------------------------------
+
+def load_part(cls, source, **options):
+    """cls.from_pretrained(source), or a ModelError of one line if it cannot be had."""
+    try:
+        return cls.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{source}: no {cls.__name__} could be loaded ({reason}). Give a local folder, accept the model's "
+            "terms on huggingface.co and run `hf auth login`, or use --random-init or --preset tiny")
+
+
+def build_encoder(config):
+    """E_I and E_T: the pretrained SiglipModel, or one of the same kind with random weights."""
+    if config.encoder:
+        return load_part(SiglipModel, config.encoder, dtype=torch.float32)
+    unused = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)    # silences a warning
+    siglip = SiglipModel(SiglipConfig(vision_config=config.vision, text_config={**config.text, **unused}))
+    with torch.no_grad():
+        siglip.logit_scale.fill_(np.log(10))                   # t' and b as SigLIP starts them
+        siglip.logit_bias.fill_(-10)
+        place = siglip.vision_model.embeddings.position_embedding.weight
+        place.copy_(grid_code(round(len(place) ** 0.5), place.shape[1], config.vision["num_attention_heads"]))
+    return siglip
+
+
+def build_llm(config):
+    """The pretrained Gemma 3 text model, or one of the same kind with random weights."""
+    if config.llm:
+        return load_part(Gemma3ForCausalLM, config.llm, dtype=torch.float32)
+    return Gemma3ForCausalLM(Gemma3TextConfig(**config.decoder))
+
+
+def find_tokenizer(source):
+    """The tokenizer of a model id or folder; None if there is no source or it has no tokenizer."""
+    try:
+        return source and AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def build_tokenizers(config, texts):
+    """-> (text tokenizer, LLM tokenizer, config with the vocabulary sizes filled in).
+
+    Each comes with its pretrained part; where one is missing, a byte-level BPE is learned from the
+    texts, and said so."""
+    text_tokenizer, llm_tokenizer = find_tokenizer(config.encoder), find_tokenizer(config.llm)
+    if text_tokenizer and llm_tokenizer:
+        return text_tokenizer, llm_tokenizer, config
+    most = config.vocab_size
+    if config.encoder and not text_tokenizer:
+        most = min(most, load_part(SiglipConfig, config.encoder).text_config.vocab_size)
+        print(f"{config.encoder} has no tokenizer, so its text tower cannot read as it was trained to: ", end="")
+    learned = data.learn_tokenizer(texts, most)
+    if len(learned) > most:
+        raise ModelError(f"{config.encoder}: {most} text tokens are too few for the 260 of a byte-level tokenizer")
+    print(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training split")
+    sizes = {"vocab_size": len(learned)}
+    special = dict(bos_token_id=learned.bos_token_id, eos_token_id=learned.eos_token_id,
+                   pad_token_id=learned.pad_token_id)
+    return text_tokenizer or learned, llm_tokenizer or learned, dataclasses.replace(
+        config, text={**sizes, **config.text}, decoder={**sizes, **config.decoder, **special})
+
+
+def add_lora(part, rank, alpha, target_modules):
+    """Freeze a part and wrap the named layers in LoRA; rank 0 leaves it whole and trainable."""
+    if not rank:
+        return part
+    return get_peft_model(part, LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules))
+
+
+# ---- LoFi ---------------------------------------------------------------------------------------
+
+class LoFi(nn.Module):
+    """E_I, E_T, the attention pooling and the LLM. One forward path serves training and use."""
+
+    def __init__(self, config, siglip, llm, text_tokenizer, llm_tokenizer):
+        super().__init__()
+        self.config, self.text_tokenizer, self.llm_tokenizer = config, text_tokenizer, llm_tokenizer
+        vision, text = siglip.config.vision_config, siglip.config.text_config
+        self.image_size, self.text_length = vision.image_size, text.max_position_embeddings
+        n_patches = (vision.image_size // vision.patch_size) ** 2
+        self.siglip = add_lora(siglip, config.lora_rank, config.lora_alpha, ENCODER_LORA)
+        self.llm = add_lora(llm, config.llm_lora_rank, config.llm_lora_alpha, LLM_LORA)
+        self.pooling = AttentionPooling(vision.hidden_size, vision.num_attention_heads, n_patches,
+                                        config.n_queries, llm.config.hidden_size)
+        for parameter in (siglip.logit_scale, siglip.logit_bias):
+            parameter.requires_grad_(True)
+
+    @classmethod
+    def build(cls, config, texts=()):
+        """A model ready to train; texts: what a missing tokenizer is learned from. Raises ModelError."""
+        text_tokenizer, llm_tokenizer, config = build_tokenizers(config, texts)
+        return cls(config, build_encoder(config), build_llm(config), text_tokenizer, llm_tokenizer)
+
+    @property
+    def device(self):
+        return self.pooling.queries.device
+
+    # ---- encoders -------------------------------------------------------------------------------
+
+    def films(self, images):
+        """A path, a PIL image, or a list of them -> (B, S, S) uint8; a tensor is left as it is."""
+        if isinstance(images, torch.Tensor):
+            return images.to(self.device)
+        images = images if isinstance(images, (list, tuple)) else [images]
+        films = [np.array(data.load_image(image, self.image_size)) for image in images]
+        return torch.from_numpy(np.stack(films)).to(self.device)
+
+    def encode_image(self, images, with_patches=False):
+        """E_I: images (B, S, S) uint8, or paths, or PIL images -> (B, D) of unit length.
+
+        with_patches: also the patch tokens (B, P, D_v) that the attention pooling takes."""
+        pixels = self.films(images)[:, None].expand(-1, 3, -1, -1) / 127.5 - 1     # (B, 3, S, S)
+        out = self.siglip.get_image_features(pixel_values=pixels)
+        image_emb = F.normalize(out.pooler_output.float(), dim=-1)
+        return (image_emb, out.last_hidden_state) if with_patches else image_emb
+
+    def encode_text(self, texts):
+        """E_T: texts (a list, or (B, T) ids) -> (B, D) of unit length."""
+        if not isinstance(texts, torch.Tensor):
+            texts = data.text_ids(self.text_tokenizer, texts, self.text_length)
+        out = self.siglip.get_text_features(input_ids=texts.to(self.device))
+        return F.normalize(out.pooler_output.float(), dim=-1)
+
+    def visual_tokens(self, patches):
+        """Patch tokens (B, P, D_v) -> visual tokens (B, V, H): attention pooling and projection."""
+        return self.pooling(patches)
+
+    # ---- language model -------------------------------------------------------------------------
+
+    def embed(self, visual, ids):
+        """<bos>, visual tokens (R, V, H), then the ids (R, L) -> (R, 1 + V + L, H)."""
+        table = self.llm.get_input_embeddings()                # scales by sqrt(H); visual tokens do not pass it
+        bos = torch.full((len(ids), 1), self.llm_tokenizer.bos_token_id, device=ids.device)
+        return torch.cat([table(bos), visual, table(ids)], 1)
+
+    def target_logits(self, visual, ids, is_target):
+        """p_LLM at the target positions alone: visual (R, V, H), ids and is_target (R, L) -> (N, vocab).
+
+        Rows are padded on the right and the mask is causal, so no target sees padding. Rows of any
+        task share this one pass; the vocabulary is only computed where a target is."""
+        decoder = self.llm.get_decoder()
+        hidden = decoder(inputs_embeds=self.embed(visual, ids), use_cache=False).last_hidden_state
+        hidden = hidden[:, visual.shape[1]:-1]                 # the position before each id    (R, L, H)
+        return self.llm.get_output_embeddings()(hidden[is_target])
+
+    def forward(self, batch):
+        """A batch of data.Collate -> image_emb (B, D), text_emb (B, D), logits (N, vocab).
+
+        text_emb is None without the sigmoid objective, the logits where no row asks the LLM."""
+        image_emb, patches = self.encode_image(batch["image"], with_patches=True)
+        text_emb = self.encode_text(batch["text"]) if "text" in batch else None
+        if not len(batch["ids"]):
+            return image_emb, text_emb, None
+        visual = self.visual_tokens(patches)[batch["image_of_row"]]                # (R, V, H)
+        return image_emb, text_emb, self.target_logits(visual, batch["ids"], batch["is_target"])
+
+    @torch.inference_mode()
+    def generate(self, visual, prompts, max_new_tokens=256):
+        """Greedy, batched, KV-cached: visual (R, V, H) and R prompts -> R texts."""
+        tokens = [data.prompt_ids(self.llm_tokenizer, prompt) for prompt in prompts]
+        length = max(map(len, tokens))
+        ids = torch.full((len(tokens), length), self.llm_tokenizer.pad_token_id, device=visual.device)
+        for row, prompt in zip(ids, tokens):
+            row[:len(prompt)] = torch.tensor(prompt)
+        embeds = self.embed(visual, ids)
+        padding = [length - len(prompt) for prompt in tokens]  # moved to the left, where it is masked
+        embeds = torch.stack([row.roll(n, 0) for row, n in zip(embeds, padding)])
+        mask = torch.arange(embeds.shape[1], device=visual.device) >= torch.tensor(
+            padding, device=visual.device)[:, None]
+        out = self.llm.generate(inputs_embeds=embeds, attention_mask=mask.long(), do_sample=False, top_k=None,
+                                top_p=None, max_new_tokens=max_new_tokens,
+                                eos_token_id=self.llm_tokenizer.eos_token_id,
+                                pad_token_id=self.llm_tokenizer.pad_token_id)
+        return self.llm_tokenizer.batch_decode(out, skip_special_tokens=True)
+
+    def ask(self, image, prompts, max_new_tokens=256):
+        """Answers to several prompts on one image, which passes the vision tower once."""
+        with torch.inference_mode():
+            visual = self.visual_tokens(self.encode_image(image, with_patches=True)[1])
+            return self.generate(visual.expand(len(prompts), -1, -1), prompts, max_new_tokens)
+
+    def report(self, image):
+        """An image -> its report (Eq. 2)."""
+        return self.ask(image, [data.CAPTIONING_PROMPT])[0]
+
+    def ground(self, image, phrases):
+        """An image and phrases -> for each phrase its boxes (Eq. 3); none where the answer is malformed."""
+        prompts = [data.GROUNDING_PROMPT.format(phrase=phrase) for phrase in phrases]
+        return [data.text_to_boxes(answer)[0] for answer in self.ask(image, prompts, 96)]
+
+    def describe(self, image, boxes):
+        """An image and boxes -> the sentence about that region (dense captioning)."""
+        return self.ask(image, [data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text(boxes))], 96)[0]
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    def saved_state(self):
+        """What a run keeps: the tensors that train, and all of a part that was not loaded from elsewhere."""
+        made = [name for name, source in (("siglip.", self.config.encoder), ("llm.", self.config.llm)) if not source]
+        trains = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
+                if name in trains or name.startswith(tuple(made)) and "lm_head" not in name}
+
+    def save_pretrained(self, folder):
+        """Write config.json, model.safetensors and tokenizer/, each under a temporary name first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.llm_tokenizer.save_pretrained(folder / "tokenizer")
+        self.text_tokenizer.save_pretrained(folder / "tokenizer" / "text")
+        safe_save_file(self.saved_state(), folder / "model.safetensors.tmp", metadata={"format": "pt"})
+        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        draft = folder / "config.json.tmp"
+        draft.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        os.replace(draft, folder / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu"):
+        """Read what save_pretrained wrote. Raises ModelError if the folder is not a run, or is damaged."""
+        folder = Path(folder)
+        config = read_config(folder)
+        tokenizers = [find_tokenizer(folder / "tokenizer" / "text"), find_tokenizer(folder / "tokenizer")]
+        if None in tokenizers:
+            raise ModelError(f"{folder}/tokenizer: no tokenizer to be read there; the run is incomplete")
+        model = cls(config, build_encoder(config), build_llm(config), *tokenizers)
+        try:
+            state = load_safetensors(str(folder / "model.safetensors"))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{folder}/model.safetensors: cannot be read ({str(error).splitlines()[0]})")
+        wanted = model.saved_state()
+        wrong = [name for name in wanted.keys() | state.keys()
+                 if name not in state or name not in wanted or state[name].shape != wanted[name].shape]
+        if wrong:
+            raise ModelError(f"{folder}/model.safetensors: {len(wrong)} tensors do not fit config.json, "
+                             f"{min(wrong)} for one; it is a checkpoint of another model")
+        model.load_state_dict(state, strict=False)
+        return model.to(device).eval()
+
+
+def read_config(folder):
+    """config.json of a run folder -> Config. Raises ModelError."""
+    try:
+        return Config(**json.loads((Path(folder) / "config.json").read_text()))
+    except (OSError, TypeError, json.JSONDecodeError):
+        raise ModelError(f"{folder}: not a run folder of train.py (no config.json of ours in it)")
+
+
+def export(run, out):
+    """Merge LoRA into a plain SiglipModel folder, which transformers loads without this code."""
+    model = LoFi.from_pretrained(run)
+    siglip = model.siglip.merge_and_unload() if model.config.lora_rank else model.siglip
+    out = Path(out)
+    if out.exists():
+        raise ModelError(f"{out}: exists already; name a new folder")
+    draft = out.with_name(out.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    siglip.save_pretrained(draft)
+    model.text_tokenizer.save_pretrained(draft)
+    size = {"height": model.image_size, "width": model.image_size}
+    SiglipImageProcessor(size=size).save_pretrained(draft)
+    draft.rename(out)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="model.py", description="Export a trained LoFi encoder.")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("export", help=export.__doc__.splitlines()[0])
+    command.add_argument("run", help="run folder of train.py")
+    command.add_argument("out", help="folder to write: SiglipModel, tokenizer and image processor")
+    args = parser.parse_args()
+    try:
+        export(args.run, args.out)
+    except ModelError as error:
+        sys.exit(f"model.py: {error}")
+    print(f"wrote {args.out}; load it with transformers.SiglipModel.from_pretrained({args.out!r})")
+
+
+if __name__ == "__main__":
+    main()
