@@ -396,7 +396,7 @@ class Collate:
 RIGHT_LUNG = [(-.14, -.62), (-.26, -.74), (-.42, -.70), (-.56, -.48), (-.66, -.12), (-.71, .25),
               (-.73, .56), (-.58, .46), (-.38, .40), (-.20, .50), (-.14, .28), (-.21, .02), (-.15, -.25)]
 ZONES = {"upper": -.42, "mid": -.06, "lower": .27}              # centres, y
-SIZES = {"small": .29, "moderate": .39, "large": .52}           # widths
+SIZES = {"small": .35, "moderate": .45, "large": .57}           # widths
 HEART = {"mildly": .58, "moderately": .66, "severely": .75}     # left border, x; .46 is normal
 FINDINGS = {"nodule": "{Size} {side} {zone} zone nodule.",
             "cavity": "{Size} cavity in the {side} {zone} zone.",
@@ -408,7 +408,7 @@ FINDINGS = {"nodule": "{Size} {side} {zone} zone nodule.",
 ABSENT = {"nodule": "No nodule.", "cavity": "No cavity.", "consolidation": "No consolidation.",
           "effusion": "No pleural effusion.", "pneumothorax": "No pneumothorax.",
           "pacemaker": "No implanted device.", "heart": "Normal heart size."}
-SENTENCES = 5                                                   # of a phantom's report
+SENTENCES = 4                                                   # of a phantom's report
 
 
 class Film:
@@ -534,7 +534,7 @@ def draw_pneumothorax(film, side, _, width):
 def draw_pacemaker(film, side, *_):
     rng = film.rng
     x, y = rng.uniform(-.70, -.36), rng.uniform(-.72, -.30)
-    outline = mirror(ellipse(x, y, rng.uniform(.14, .19), rng.uniform(.11, .15)), side)
+    outline = mirror(ellipse(x, y, rng.uniform(.17, .23), rng.uniform(.13, .18)), side)
     lead = mirror([(x, y), (-.16, y - .1), (-.02, -.1), (-.10 if side == "right" else .10, .38)], side)
     film.add(film.mask(lead, blur=.002, line=.009), 80)
     film.add(film.mask(outline, blur=.003), 120)
@@ -543,7 +543,7 @@ def draw_pacemaker(film, side, *_):
 
 def choose_findings(rng):
     """1 to 4 findings, each as (kind, side, zone, size); a zone, pleura or organ is used once."""
-    taken, findings, wanted = set(), [], rng.choice([1, 2, 3], p=[.15, .5, .35])
+    taken, findings, wanted = set(), [], rng.choice([1, 2, 3], p=[.15, .65, .2])
     while len(findings) < wanted:
         kind = rng.choice(list(FINDINGS), p=[.24, .20, .21, .11, .09, .10, .05])
         side, size = rng.choice(["right", "left"]), rng.choice(list(SIZES))
@@ -555,7 +555,7 @@ def choose_findings(rng):
     return findings
 
 
-def draw_phantom(rng, n=160):
+def draw_phantom(rng, n=128):
     """One phantom -> (PIL "L" image of n x n, report, regions)."""
     film, findings = Film(rng, n), choose_findings(rng)
     degree = dict(zip(SIZES, HEART))
@@ -589,7 +589,7 @@ def write_phantom(job):
     return {"image": name, "study": study, "patient": study, "split": split, "report": report, "regions": regions}
 
 
-PHANTOM_SIZES = {"train": 4000, "val": 100, "test": 500}
+PHANTOM_SIZES = {"train": 8000, "val": 50, "test": 400}
 
 
 def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):

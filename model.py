@@ -13,6 +13,7 @@ boxes: (x0, y0, x1, y1), fractions of width and height
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -55,7 +56,10 @@ class Config:
     lam: float = 5.0                # lambda of the total loss                           (Sec. 2.0.1)
     lr: float = 3e-4                # initial, then cosine annealing                     (Sec. 2.0.4)
     epochs: int = 10                #                                                    (Sec. 2.0.4)
+    steps: int | None = None        # instead of epochs
     batch_size: int = 16            #                                                    (Sec. 2.0.4)
+    text_lr: float = 1.0            # rate of the text tower, as a share of lr
+    scale_lr: float = 1.0           # rate of t' and b, as a share of lr
     warmup: float = 0.02            # share of the steps; not stated in the paper
     weight_decay: float = 0.01      # not stated in the paper
     clip: float = 1.0               # gradient norm; not stated in the paper
@@ -75,11 +79,11 @@ class Config:
 PAPER = Config()
 TINY = Config(
     preset="tiny", encoder=None, llm=None, n_queries=25, lora_rank=0, llm_lora_rank=0,
-    lr=1.5e-3, epochs=16, batch_size=64, weight_decay=0.05, warmup=0.05, n_regions=2, max_target=96,
-    augment=True, cache=True, vocab_size=2048,
-    vision=dict(TINY_TOWER, num_hidden_layers=4, image_size=64, patch_size=8),
-    text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=40, projection_size=128),
-    decoder=dict(hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=2,
+    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1500, batch_size=48, n_regions=3,
+    max_target=48, augment=True, cache=True, vocab_size=1024,
+    vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
+    text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=32, projection_size=128),
+    decoder=dict(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64, initializer_range=0.08,
                  hidden_activation="silu", max_position_embeddings=1024))
 PRESETS = {"paper": PAPER, "tiny": TINY}
@@ -148,13 +152,16 @@ def build_encoder(config):
     """E_I and E_T: the pretrained SiglipModel, or one of the same kind with random weights."""
     if config.encoder:
         return load_part(SiglipModel, config.encoder, dtype=torch.float32)
-    unused = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)    # silences a warning
-    siglip = SiglipModel(SiglipConfig(vision_config=config.vision, text_config={**config.text, **unused}))
+    siglip = SiglipModel(SiglipConfig(vision_config=config.vision, text_config=config.text))
     with torch.no_grad():
-        siglip.logit_scale.fill_(np.log(10))                   # t' and b as SigLIP starts them
-        siglip.logit_bias.fill_(-10)
+        siglip.logit_scale.fill_(math.log(10))                 # t' as SigLIP starts it, and b = -log(batch):
+        siglip.logit_bias.fill_(-math.log(config.batch_size))  # one pair of B is positive; SigLIP's -10: B = 32k
         place = siglip.vision_model.embeddings.position_embedding.weight
         place.copy_(grid_code(round(len(place) ** 0.5), place.shape[1], config.vision["num_attention_heads"]))
+        words = siglip.text_model.embeddings                   # the last place, mostly padding, is what is pooled:
+        words.token_embedding.weight.mul_(3)                   # it starts as a mean of the words
+        words.token_embedding.weight[config.text["pad_token_id"]].zero_()
+        words.position_embedding.weight.mul_(0.2)
     return siglip
 
 
@@ -193,7 +200,7 @@ def build_tokenizers(config, texts):
     special = dict(bos_token_id=learned.bos_token_id, eos_token_id=learned.eos_token_id,
                    pad_token_id=learned.pad_token_id)
     return text_tokenizer or learned, llm_tokenizer or learned, dataclasses.replace(
-        config, text={**sizes, **config.text}, decoder={**sizes, **config.decoder, **special})
+        config, text={**sizes, **config.text, **special}, decoder={**sizes, **config.decoder, **special})
 
 
 def add_lora(part, rank, alpha, target_modules):

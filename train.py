@@ -67,15 +67,15 @@ def parse_args():
                        "Table 4 fine-tunes with g (default: %(default)s)")
     group.add_argument("--lambda", dest="lam", type=float, metavar="X", help="weight of the autoregressive loss "
                        "(preset; paper: 5, Fig. 4e)")
-    group.add_argument("--epochs", type=int, metavar="N", help="passes over the training split (preset; paper: 10)")
-    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps, instead of --epochs")
+    group.add_argument("--epochs", type=int, metavar="N", help="passes over the training split (preset; paper: 10; tiny counts steps)")
+    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps, instead of --epochs (preset)")
     group.add_argument("--batch-size", type=int, metavar="B", help="images a step (preset; paper: 16)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: gradients are "
                        "averaged over N batches of B images; the sigmoid loss stays within a batch (default: 1)")
     group.add_argument("--lr", type=float, metavar="X", help="learning rate after warm-up, then cosine to 0 "
                        "(preset; paper: 3e-4)")
     group.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crop, brightness and contrast, "
-                       "boxes moved along; not in the paper (preset: off in paper, on in tiny)")
+                       "boxes moved along; not in the paper (preset: off in paper, on in tiny but for the phantom)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -84,7 +84,7 @@ def parse_args():
                        "fp32 on a CPU (default: auto)")
     group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: "
                        "less memory, about a third slower")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that decode images (default: 0 if "
+    group.add_argument("--workers", type=int, metavar="N", help="processes that decode images (default: 1 if "
                        "the preset keeps decoded films in memory, else 4)")
     group.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints "
                        "(default: %(default)s)")
@@ -138,11 +138,15 @@ def choose_precision(name, device):
 
 
 def build_optimizer(model, config):
-    """AdamW; matrices decay, vectors and scalars do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+    """AdamW; matrices decay, vectors and scalars do not; text tower, t' and b may have rates of their own."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rate = config.scale_lr if "logit_" in name else config.text_lr if "text_model" in name else 1.0
+            groups.setdefault((p.ndim >= 2, rate), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": config.weight_decay if decays else 0.0, "rate": rate}
+         for (decays, rate), params in groups.items()], lr=config.lr, betas=(0.9, 0.98), fused=True)
 
 
 def to_device(batch, device):
@@ -326,8 +330,12 @@ def keep_log(path, step):
 
 def build_model(args, out, rows):
     """The model to train: of the preset, or of --init or --resume; its config changed by the flags."""
-    names = ("lam", "epochs", "batch_size", "lr", "augment")
+    names = ("lam", "epochs", "steps", "batch_size", "lr", "augment")
     changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.epochs and not args.steps:
+        changed["steps"] = None
+    if not args.data and args.augment is None:
+        changed["augment"] = False                             # the phantom has variety enough
     if start := out if args.resume else args.init:
         model = LoFi.from_pretrained(start)
         if args.preset not in (None, model.config.preset):
@@ -375,7 +383,7 @@ def main():
 
     # optimizer and checkpoint
     batch_size = min(config.batch_size, len(rows))
-    steps = args.steps or max(1, config.epochs * (len(rows) // batch_size) // args.accumulate)
+    steps = config.steps or max(1, config.epochs * (len(rows) // batch_size) // args.accumulate)
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     settings = {"data": str(Path(path).resolve()), "objectives": args.objectives, "lambda": config.lam, "lr": config.lr,
@@ -388,7 +396,7 @@ def main():
                               config.cache, args.skip_bad_images, args.seed)
     collate = data.Collate(model.text_tokenizer if "s" in args.objectives else None, model.text_length,
                            model.llm_tokenizer, config.max_target)
-    workers = args.workers if args.workers is not None else 0 if config.cache else 4
+    workers = args.workers if args.workers is not None else 1 if config.cache else 4
     keys = batches(len(rows), batch_size, args.seed, first * args.accumulate, steps * args.accumulate)
     loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
                                               pin_memory=device.type == "cuda"))
@@ -419,7 +427,7 @@ def main():
         if not math.isfinite(values[0]):
             raise TrainError(f"step {step + 1}: the loss is {values[0]}; lower --lr, or resume from the last checkpoint")
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config)
+            group["lr"] = group["rate"] * learning_rate(step, steps, config)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trainable, config.clip)
         scaler.step(optimizer)
@@ -428,7 +436,7 @@ def main():
 
         values = {name: None if math.isnan(v) else round(v, 6) for name, v in zip(LOSSES, values)}
         rate = args.accumulate * batch_size / (time.time() - start)
-        line = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"], **values, "samples_per_s": round(rate, 2)}
+        line = {"step": step + 1, "lr": learning_rate(step, steps, config), **values, "samples_per_s": round(rate, 2)}
         log.write(json.dumps(line) + "\n")
         bar.set_postfix({name: f"{v:.2f}" for name, v in values.items() if v is not None}, refresh=False)
         if (step + 1) % args.save_every == 0 and not args.dry_run and step + 1 < steps:

@@ -1,0 +1,67 @@
+"""What the tests share: a small phantom, and a LoFi of a few thousand weights with LoRA as in the paper."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"                     # nothing here may reach for a hub
+
+import data                                            # noqa: E402
+from model import TINY, LoFi                           # noqa: E402
+
+TOWER = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2)
+SMALL = dataclasses.replace(                           # TINY's kind, with the LoRA of the paper
+    TINY, n_queries=4, lora_rank=16, llm_lora_rank=4, max_target=64,
+    vision=dict(TOWER, image_size=32, patch_size=8), text=dict(TOWER, max_position_embeddings=32, projection_size=32),
+    decoder=dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, head_dim=16,
+                 num_key_value_heads=1, query_pre_attn_scalar=16, initializer_range=0.2, sliding_window=64,
+                 max_position_embeddings=512))
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    """A phantom of 40 training and 12 test films."""
+    return data.make_phantom(tmp_path_factory.mktemp("data") / "phantom", {"train": 40, "val": 2, "test": 12},
+                             quiet=True)
+
+
+@pytest.fixture(scope="session")
+def rows(phantom):
+    return data.read_manifest(phantom, "train")
+
+
+@pytest.fixture
+def model(rows):
+    """A new small LoFi, LoRA on random frozen towers."""
+    torch.manual_seed(0)
+    return LoFi.build(SMALL, data.tokenizer_texts(rows)).eval()
+
+
+@pytest.fixture
+def batch(model, rows):
+    """A batch of 6 films with all three tasks among its rows."""
+    dataset = data.ChestXrays(rows, model.image_size, n_regions=2)
+    collate = data.Collate(model.text_tokenizer, model.text_length, model.llm_tokenizer, 64)
+    for epoch in range(50):
+        batch = collate([dataset[(epoch, i)] for i in range(6)])
+        if len(batch["task_of_row"].unique()) == 3:
+            return batch
+    raise AssertionError("50 epochs drew no batch with all three tasks")
+
+
+def run(*command, cwd=ROOT, ok=True):
+    """Run a script of ours as a user would -> stdout; or, ok=False, its one error line."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    if ok:
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done.stderr.strip().splitlines()[-1]

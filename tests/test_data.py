@@ -1,0 +1,338 @@
+"""The manifest, box text, images, sampling and the phantom."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import metrics
+from conftest import run
+
+ROW = {"image": "a.png", "study": "s", "patient": "p", "split": "train", "report": "Clear lungs.",
+       "regions": [{"phrase": "The heart.", "boxes": [[0.3, 0.5, 0.7, 0.8]]}]}
+
+
+def write(folder, *rows, image=True):
+    """A manifest of rows (dicts or raw lines) with one image."""
+    folder.mkdir(exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    if image:
+        Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).save(folder / "a.png")
+    return folder
+
+
+# ---- boxes as text -------------------------------------------------------------------------------
+
+def test_boxes_round_trip():
+    """Guards: a lost axis order, a rounding that empties a box, an order that depends on the input's."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        low = rng.uniform(0, 0.999, (rng.integers(0, 4), 2))
+        boxes = np.concatenate([low, low + rng.uniform(0, 1, low.shape) * (1 - low)], 1).tolist()
+        text = data.boxes_to_text(boxes)
+        back, malformed = data.text_to_boxes(text)
+        assert not malformed and len(back) == len(boxes)
+        assert np.allclose(sorted(boxes), back, atol=0.0011) if boxes else back == []
+        assert text == data.boxes_to_text(boxes[::-1]) == data.boxes_to_text(back)
+
+
+def test_box_text_is_what_the_model_learns():
+    """Guards: y before x, floats, another scale."""
+    assert data.boxes_to_text([[0.5, 0.25, 1, 0.75], [0.1, 0.2, 0.3, 0.4]]) == "100 200 300 400; 500 250 1000 750"
+    assert data.boxes_to_text([]) == "none"
+    assert data.boxes_to_text([[1 - 1e-9, 0, 1, 1e-9]]) == "999 0 1000 1"
+
+
+@pytest.mark.parametrize("text", [
+    "", "1 2 3", "1 2 3 4 5", "300 0 100 50", "0 0 1001 5", "a b c d", "1,2,3,4", "-1 2 3 4", "1 2 3 4;", "nan 0 1 2",
+    "١ ٢ ٣ ٤", "1 2 3 4; none", "10 10 10 20", "99999999999999999999 0 1 1"])
+def test_malformed_box_text_gives_no_boxes_and_says_so(text):
+    """Guards: an exception, or half an answer, from what a language model may write."""
+    assert data.text_to_boxes(text) == ([], True)
+
+
+def test_no_boxes_is_an_answer():
+    """Guards: "none" counted as malformed."""
+    assert data.text_to_boxes("none") == ([], False)
+
+
+# ---- the manifest --------------------------------------------------------------------------------
+
+def test_manifest_is_read_by_folder_and_by_file(tmp_path):
+    """Guards: paths relative to the working directory; a byte order mark or a null in the way."""
+    folder = write(tmp_path / "d", "\ufeff" + json.dumps(ROW), "", {**ROW, "split": "test", "report": None, "regions": None})
+    for path in (folder, folder / "manifest.jsonl"):
+        rows = data.read_manifest(path)
+        assert [row["split"] for row in rows] == ["train", "test"]
+        assert rows[0]["path"] == str(folder / "a.png") and rows[1]["regions"] == [] and rows[1]["report"] == ""
+    assert len(data.read_manifest(folder, "test")) == 1
+
+
+WRONG = [({"split": "validation"}, "wanted one of train, val, test"), ({"image": "b.png"}, "does not exist"),
+         ({"study": 5}, "'study' is 5"), ({"report": 7}, "'report' is 7"), ({"regions": {}}, "'regions'")]
+WRONG_BOXES = [([10, 20, 300, 400], "pixels"), ([0.5, 0.1, 0.2, 0.3], "corners are wanted"), ([0, 0, 1.2, 1], "leaves"),
+               ([0.1, 0.1, float("nan"), 0.2], "not finite"), ([0.1, 0.2, 0.3], "4 numbers"), (["0", 0, 1, 1], "4 numbers")]
+WRONG += [({"regions": [{"phrase": "x", "boxes": [box]}]}, words) for box, words in WRONG_BOXES]
+WRONG += [({"regions": [{"phrase": "", "boxes": []}]}, "phrase")]
+
+
+@pytest.mark.parametrize("change, words", WRONG)
+def test_a_wrong_row_stops_with_file_line_and_reason(tmp_path, change, words):
+    """Guards: a week of training on pixels or on xywh; an error that does not say where."""
+    folder = write(tmp_path / "d", ROW, {**ROW, **change})
+    with pytest.raises(data.DataError) as error:
+        data.read_manifest(folder)
+    assert f"{folder / 'manifest.jsonl'}:2: " in str(error.value) and words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_manifest_is_said(tmp_path):
+    """Guards: a traceback for a wrong path, broken JSON, an absent split."""
+    for make, words in ((lambda: tmp_path / "none", "no such file"),
+                        (lambda: write(tmp_path / "a", "{broken"), "not JSON"),
+                        (lambda: write(tmp_path / "b", "[1]"), "wanted a JSON object"),
+                        (lambda: write(tmp_path / "c", {**ROW, "split": "test"}), "no rows with split 'train'")):
+        with pytest.raises(data.DataError, match=words):
+            data.read_manifest(make(), "train")
+
+
+def test_check_command_reports_all_problems_and_draws(tmp_path):
+    """Guards: stopping at the first problem; passing a data set with an unreadable image."""
+    folder = write(tmp_path / "d", ROW, {**ROW, "split": "x"}, "{", {**ROW, "image": "bad.png"})
+    (folder / "bad.png").write_bytes(b"not an image")
+    png = tmp_path / "sheet.png"
+    error = run("data.py", "check", folder, "--png", png, ok=False)
+    for words in ("manifest.jsonl:2:", "manifest.jsonl:3:", "manifest.jsonl:4:"):
+        assert words in error or words in error_text(folder, png)
+    assert Image.open(png).size == (320, 320)
+    good = write(tmp_path / "good", ROW)
+    assert "0 problems in 1 rows" in run("data.py", "check", good, "--png", png)
+
+
+def error_text(folder, png):
+    import subprocess
+    import sys
+    done = subprocess.run([sys.executable, "data.py", "check", str(folder), "--png", str(png)], capture_output=True,
+                          text=True, cwd=data.Path(data.__file__).parent)
+    return done.stdout + done.stderr
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "F", "CMYK"])
+def test_every_mode_becomes_the_same_film(tmp_path, mode):
+    """Guards: 16-bit divided by 256 (black films), inverted CMYK, palette indices as brightness."""
+    if mode == "I;16":
+        image = Image.fromarray((RAMP * 3000 + 500).astype(np.uint16))
+    elif mode in ("I", "F"):
+        image = Image.fromarray((RAMP * 3000 - 200).astype(np.int32 if mode == "I" else np.float32))
+    else:
+        image = Image.fromarray((RAMP * 255).astype(np.uint8)).convert(mode)
+    path = tmp_path / ("film.tif" if mode in ("F", "CMYK") else "film.png")
+    image.save(path)
+    film = np.asarray(data.load_image(path, 32), float) / 255
+    assert film.shape == (32, 32)
+    wanted = np.asarray(Image.fromarray(RAMP.astype(np.float32)).resize((32, 32), Image.Resampling.BILINEAR))
+    tolerance = 0.35 if mode == "1" else 0.03          # one bit is dithered
+    assert abs(film - wanted).max() < tolerance
+
+
+def test_narrow_and_constant_films(tmp_path):
+    """Guards: a grey film that uses 30 of 256 levels left flat; a division by zero on a blank one."""
+    Image.fromarray((RAMP * 30 + 100).astype(np.uint8)).save(tmp_path / "narrow.png")
+    film = np.asarray(data.load_image(tmp_path / "narrow.png"))
+    assert film.min() == 0 and film.max() == 255
+    Image.fromarray(np.full((9, 9), 1000, np.uint16)).save(tmp_path / "blank.png")
+    assert np.asarray(data.load_image(tmp_path / "blank.png")).std() == 0
+
+
+def test_transparent_is_black(tmp_path):
+    """Guards: the colour hidden under transparent padding."""
+    pixels = np.full((8, 8, 4), 255, np.uint8)
+    pixels[:4, :, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "film.png")
+    assert np.asarray(data.load_image(tmp_path / "film.png"))[:, 0].tolist() == [0] * 4 + [255] * 4
+
+
+def test_unreadable_images_name_their_path(tmp_path):
+    """Guards: a truncated JPEG read as a half-grey film; a traceback; a bomb that fills the memory."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200), np.uint8)).save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "b.png").write_bytes(b"")
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "c.png")
+    for name in ("a.jpg", "b.png", "c.png"):
+        with pytest.raises(data.DataError, match=name):
+            data.load_image(tmp_path / name, 32)
+
+
+def test_jpeg_draft_keeps_the_picture(tmp_path):
+    """Guards: draft mode decoding below the size asked for."""
+    big = Image.fromarray((RAMP * 255).astype(np.uint8)).resize((1000, 800))
+    big.save(tmp_path / "a.jpg", quality=95)
+    film = np.asarray(data.load_image(tmp_path / "a.jpg", 96), float)
+    assert abs(film - np.asarray(big.resize((96, 96), Image.Resampling.BILINEAR), float)).max() < 8
+
+
+def test_augment_moves_the_boxes_with_the_film():
+    """Guards: boxes left behind by the crop, or mirrored."""
+    rng = np.random.default_rng(0)
+    pixels = np.zeros((200, 200), np.uint8)
+    pixels[60:120, 30:80] = 255                        # a bright patch, its box in the manifest's format
+    kept = 0
+    for _ in range(50):
+        film, regions = data.augment(Image.fromarray(pixels), [{"phrase": "x", "boxes": [[.15, .3, .4, .6]]}], 100, rng)
+        for region in regions:
+            kept += 1
+            y, x = np.nonzero(film > (int(film.min()) + int(film.max())) / 2)
+            seen = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / 100
+            assert abs(seen - region["boxes"][0]).max() < 0.025
+    assert kept > 30
+    far = [{"phrase": "x", "boxes": [[0, 0, .1, .1]]}]
+    assert any(not data.augment(Image.fromarray(pixels), far, 100, rng)[1] for _ in range(50))
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+def test_sentences_sampled_are_4_to_8_in_order():
+    """Guards: shuffled or repeated sentences, a bound off by one."""
+    sentences = data.split_sentences(" ".join(f"Sentence {i} of 1.5 cm." for i in range(12)))
+    assert len(sentences) == 12
+    rng, sizes = np.random.default_rng(0), Counter()
+    for _ in range(300):
+        some = data.sample_sentences(sentences, rng)
+        assert some == [s for s in sentences if s in some]
+        sizes[len(some)] += 1
+    assert set(sizes) == {4, 5, 6, 7, 8}
+    assert data.sample_sentences(sentences[:2], rng) == sentences[:2]
+
+
+def test_sub_reports_are_five_sentences():
+    """Guards: a lost rest, six sentences, an empty piece."""
+    report = " ".join(f"Number {i}." for i in range(12))
+    assert [len(data.split_sentences(s)) for s in data.sub_reports(report)] == [5, 5, 2]
+    assert " ".join(data.sub_reports(report)) == report and data.sub_reports("") == []
+
+
+def test_tasks_are_drawn_as_the_paper_says():
+    """Guards: boxes that never train; L_c and L_g,d of unequal share where boxes are there."""
+    rng = np.random.default_rng(0)
+    draw = lambda report, regions, objectives="scgd": [
+        task for task, *_ in data.sample_tasks(report, regions, objectives, 1, rng)]
+    share = Counter(t for _ in range(8000) for t in draw(ROW["report"], ROW["regions"]))
+    assert abs(share["c"] / 8000 - 1 / 2) < 0.02 and abs(share["g"] / 8000 - 1 / 4) < 0.02
+    assert abs(share["d"] / 8000 - 1 / 4) < 0.02
+    assert draw(ROW["report"], []) == ["c"] and draw("", []) == []
+    assert draw(ROW["report"], [{"phrase": "No effusion.", "boxes": []}]) == ["c"]
+    assert draw(ROW["report"], ROW["regions"], "g") == ["g"] and draw(ROW["report"], [], "g") == []
+    assert draw(ROW["report"], ROW["regions"], "s") == []
+
+
+def test_location_aware_rows_swap_prompt_and_target():
+    """Guards: Eq. 3 and its dense captioning twin given the same target."""
+    region = ROW["regions"][0]
+    assert data.location_aware_row("g", region) == ("g", "Detect all instances of: The heart.", "300 500 700 800")
+    assert data.location_aware_row("d", region) == ("d", "Describe the regions: 300 500 700 800", "The heart.")
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(rows):
+    """Guards: draws that change with the order of access, so with the number of workers."""
+    one, two = (data.ChestXrays(rows, 32, augmented=True, n_regions=2) for _ in range(2))
+    first = [one[(3, i)] for i in (0, 1, 2)]
+    again = [two[(3, i)] for i in (2, 1, 0)][::-1]
+    for a, b in zip(first, again):
+        assert torch.equal(a["image"], b["image"]) and a["text"] == b["text"] and a["tasks"] == b["tasks"]
+    assert not torch.equal(one[(4, 0)]["image"], first[0]["image"])
+
+
+def test_special_tokens_in_a_report_are_plain_text(model):
+    """Guards: a report that ends the sequence, or injects an image, by writing "<eos>"."""
+    for tokenizer in (model.text_tokenizer, model.llm_tokenizer):
+        ids = data.plain_ids(tokenizer, "a <eos> <bos> <pad> b")
+        assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_text_ids_are_as_siglip_wants_them(model):
+    """Guards: left padding, upper case, a lost <eos> when cut, a <bos> (SigLIP pools the last place)."""
+    tokenizer = model.text_tokenizer
+    ids = data.text_ids(tokenizer, ["Large Nodule.", "word " * 100], 16)
+    assert ids.shape == (2, 16) and ids[0, -1] == tokenizer.pad_token_id and ids[1, -1] == tokenizer.eos_token_id
+    assert torch.equal(ids[0], data.text_ids(tokenizer, ["large nodule."], 16)[0])
+    assert (ids == tokenizer.eos_token_id).sum(1).tolist() == [1, 1] and tokenizer.bos_token_id not in ids
+
+
+def test_collate_places_prompt_target_and_eos(model, batch):
+    """Guards: targets that cover the prompt or the padding; rows tied to the wrong image."""
+    tokenizer = model.llm_tokenizer
+    for ids, is_target, image, task in zip(batch["ids"], batch["is_target"], batch["image_of_row"], batch["task_of_row"]):
+        first, last = is_target.nonzero().flatten()[[0, -1]].tolist()
+        assert is_target[first:last + 1].all() and ids[last] == tokenizer.eos_token_id
+        assert (ids[last + 1:] == tokenizer.pad_token_id).all()
+        prompt, target = tokenizer.decode(ids[:first]), tokenizer.decode(ids[first:last])
+        start = (data.CAPTIONING_PROMPT, data.GROUNDING_PROMPT, data.DENSE_CAPTIONING_PROMPT)[task].split("{")[0]
+        assert prompt.startswith(start) and prompt.endswith("\n")
+        assert data.text_to_boxes(target)[1] == (task != 1)
+    assert batch["image_of_row"].max() < len(batch["image"])
+
+
+def test_digits_are_one_token_each(model):
+    """Guards: a learned tokenizer that merges digits, so that a coordinate has many spellings."""
+    ids = data.plain_ids(model.llm_tokenizer, "120 305")
+    assert len(ids) == 7
+
+
+# ---- the phantom ---------------------------------------------------------------------------------
+
+def test_phantom_is_the_same_for_the_same_seed(tmp_path):
+    """Guards: a draw that depends on the process pool or the clock."""
+    sizes = {"train": 6, "test": 3}
+    one, two = (data.make_phantom(tmp_path / name, sizes, 5, quiet=True) for name in "ab")
+    assert (one / "manifest.jsonl").read_bytes() == (two / "manifest.jsonl").read_bytes()
+    for film in (one / "images").iterdir():
+        assert np.array_equal(Image.open(film), Image.open(two / "images" / film.name))
+    other = data.make_phantom(tmp_path / "c", sizes, 6, quiet=True)
+    assert (one / "manifest.jsonl").read_bytes() != (other / "manifest.jsonl").read_bytes()
+
+
+def test_phantom_is_rich_and_its_phrase_prior_low(tmp_path):
+    """Guards: a phantom whose phrases give the boxes away, or whose reports repeat."""
+    folder = data.make_phantom(tmp_path / "p", {"train": 900, "test": 400}, 1, quiet=True)
+    train, test = (data.read_manifest(folder, split) for split in ("train", "test"))
+    reports = Counter(tuple(sorted(data.split_sentences(row["report"]))) for row in test)
+    assert len(reports) > 0.9 * len(test)
+    prior = metrics.phrase_prior(train)
+    regions = [region for row in test for region in row["regions"]]
+    score = metrics.precision_recall_f1([prior(r["phrase"]) for r in regions], [r["boxes"] for r in regions])
+    assert len(regions) >= 300 and score["F@0.5"] <= 0.25
+    for row in test:
+        assert all(region["phrase"] in row["report"] for region in row["regions"])
+
+
+def test_phantom_findings_are_where_their_boxes_say():
+    """Guards: a box that misses its finding, sides swapped (the patient's left is the picture's right)."""
+    for kind, sign in (("draw_nodule", 1), ("draw_pacemaker", 1), ("draw_pneumothorax", -1)):
+        for side in ("left", "right"):
+            film = data.Film(np.random.default_rng(3), 160)
+            before = film.pixels.copy()
+            outlines = getattr(data, kind)(film, side, "mid", 0.4)
+            changed = sign * (film.pixels - before) > 20
+            y, x = np.nonzero(changed & (np.indices(changed.shape)[1] // 1 >= 0))
+            box = film.box(outlines[0])
+            cx = (box[0] + box[2]) / 2
+            assert (cx > film.centre[0]) == (side == "left")
+            inside = (x / 160 > box[0] - .02) & (x / 160 < box[2] + .02) & (y / 160 > box[1] - .02) & (y / 160 < box[3] + .02)
+            assert inside.mean() > (0.6 if kind == "draw_pacemaker" else 0.95)      # the lead leaves the box
+
+
+def test_phantom_command_refuses_to_overwrite(tmp_path):
+    """Guards: a data set lost to a second run."""
+    run("data.py", "phantom", tmp_path / "p", "--train", 2, "--val", 0, "--test", 1)
+    assert "exists already" in run("data.py", "phantom", tmp_path / "p", ok=False)

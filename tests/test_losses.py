@@ -1,0 +1,97 @@
+"""The objectives against independent oracles, in value and gradient."""
+
+import math
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+import losses
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def double_loop(images, texts, t, b):
+    """Eq. 1 as it is printed, pair by pair."""
+    total = 0
+    for i in range(len(images)):
+        for j in range(len(texts)):
+            delta = 1 if i == j else -1
+            logit = t * sum(x * y for x, y in zip(images[i], texts[j])) + b
+            total = total - torch.log(torch.sigmoid(delta * logit))
+    return total / len(images)
+
+
+def test_sigmoid_loss_is_eq_1():
+    """Guards: a mean over B x B pairs (B times smaller), a sign, a transposed text matrix."""
+    torch.manual_seed(0)
+    ours = [unit(5, 7).requires_grad_(), unit(5, 7).requires_grad_(),
+            torch.tensor(9.0, dtype=torch.float64, requires_grad=True),
+            torch.tensor(-4.0, dtype=torch.float64, requires_grad=True)]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    a, b = losses.sigmoid_loss(*ours), double_loop(*theirs)
+    assert torch.allclose(a, b)
+    for x, y in zip(torch.autograd.grad(a, ours), torch.autograd.grad(b, theirs)):
+        assert torch.allclose(x, y)
+
+
+def test_sigmoid_loss_at_siglips_start():
+    """Guards: a changed scale; B = 16, all cosines 0, t = 10, b = -10 is 10.0007 by hand."""
+    zero = torch.zeros(16, 4)
+    value = losses.sigmoid_loss(zero, zero, torch.tensor(10.0), torch.tensor(-10.0)).item()
+    assert value == pytest.approx(math.log1p(math.exp(10)) + 15 * math.log1p(math.exp(-10)), abs=1e-4)
+    assert value == pytest.approx(10.0007, abs=1e-3)
+
+
+def test_autoregressive_losses_are_gemmas_labels_loss():
+    """Guards: targets off by one, prompt tokens in the loss, a mean over tokens of all rows together."""
+    torch.manual_seed(0)
+    llm = Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, sliding_window=16)).double()
+    prompts, targets = (3, 5, 2, 4), (6, 2, 9, 1)              # lengths; L is the longest row
+    task = torch.tensor([0, 1, 2, 1])
+    ids = torch.randint(3, 50, (4, 11))
+    labels = torch.full_like(ids, -100)
+    for r, (p, t) in enumerate(zip(prompts, targets)):
+        labels[r, p:p + t] = ids[r, p:p + t]
+    by_row = torch.stack([llm(input_ids=ids[r:r + 1, :p + t], labels=labels[r:r + 1, :p + t]).loss
+                          for r, (p, t) in enumerate(zip(prompts, targets))])
+    is_target = labels != -100
+    hidden = llm.model(ids).last_hidden_state[:, :-1][is_target[:, 1:]]
+    row, _ = is_target.nonzero(as_tuple=True)
+    nll = losses.autoregressive_nll(llm.lm_head(hidden).float(), ids[is_target], row, 4).double()
+    assert torch.allclose(nll, by_row, atol=1e-6)
+    assert torch.allclose(losses.captioning_loss(nll, task), by_row[0])
+    assert torch.allclose(losses.grounding_loss(nll, task), (by_row[1] + by_row[3]) / 2)
+    assert torch.allclose(losses.dense_captioning_loss(nll, task), by_row[2])
+    ours = torch.autograd.grad(nll.sum(), llm.lm_head.weight, retain_graph=True)[0]
+    theirs = torch.autograd.grad(by_row.sum(), llm.lm_head.weight)[0]
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_autoregressive_nll_by_double_loop():
+    """Guards: a row's mean taken over another row's tokens; value and gradient by plain loops."""
+    torch.manual_seed(1)
+    logits = torch.randn(6, 5, requires_grad=True)
+    targets, row = torch.tensor([0, 4, 2, 2, 1, 3]), torch.tensor([0, 0, 0, 1, 2, 2])
+    expected = torch.zeros(4)
+    for r in range(4):
+        tokens = [n for n in range(6) if row[n] == r]
+        for n in tokens:
+            expected[r] = expected[r] - torch.log(logits[n].exp()[targets[n]] / logits[n].exp().sum()) / len(tokens)
+    nll = losses.autoregressive_nll(logits, targets, row, 4)   # row 3 has no target: 0, not NaN
+    assert torch.allclose(nll, expected)
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    ours = torch.autograd.grad((nll * weight).sum(), logits, retain_graph=True)[0]
+    assert torch.allclose(ours, torch.autograd.grad((expected * weight).sum(), logits)[0], atol=1e-6)
+
+
+def test_a_task_that_was_not_drawn_is_nan_and_leaves_the_total_alone():
+    """Guards: a 0 in the log that looks like a perfect loss; a NaN that reaches the weights."""
+    nll, task = torch.tensor([1.0, 3.0]), torch.tensor([0, 1])
+    assert losses.dense_captioning_loss(nll, task).isnan()
+    assert losses.total_loss(torch.tensor(2.0), nll, lam=5.0).item() == 2 + 5 * 2
+    assert losses.total_loss(torch.tensor(2.0), torch.zeros(0)).item() == 2

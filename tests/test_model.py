@@ -1,0 +1,224 @@
+"""The model: LoRA, one forward path, generation, files."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import SiglipConfig, SiglipModel
+
+import data
+import losses
+from conftest import SMALL, run
+from model import PAPER, LoFi, ModelError, build_encoder, build_llm
+
+
+def lora(model):
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def fill_lora(model):
+    """Give the B matrices values, as training does; at the start they are 0."""
+    for name, p in lora(model).items():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def all_losses(model, batch):
+    image_emb, text_emb, logits = model(batch)
+    row, _ = batch["is_target"].nonzero(as_tuple=True)
+    nll = losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row, len(batch["ids"]))
+    return losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(), model.siglip.logit_bias), nll
+
+
+def test_paper_sizes():
+    """Guards: LoRA on the pooling head or the MLPs, another rank, another architecture than the checkpoints'."""
+    with torch.device("meta"):
+        siglip, llm = SiglipModel(SiglipConfig(vision_config=PAPER.vision, text_config=PAPER.text)), build_llm(
+            dataclasses.replace(PAPER, llm=None))
+        assert sum(p.numel() for p in siglip.parameters()) == 1_136_555_698
+        assert sum(p.numel() for p in llm.parameters()) == 268_098_176
+        assert [i for i, kind in enumerate(llm.config.layer_types) if kind == "full_attention"] == [5, 11, 17]
+        model = LoFi(PAPER, siglip, llm, None, None)
+    count = lambda part: sum(p.numel() for p in lora(part).values())
+    assert count(model.siglip) == 7_962_624 and count(model.llm) == 184_320
+    assert model.pooling.queries.shape == (64, 1152) and model.pooling.projection.out_features == 640
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    rest = {n for n in trains if "lora_" not in n and not n.startswith("pooling.")}
+    assert {n.split(".")[-1] for n in rest} == {"logit_scale", "logit_bias"}
+
+
+def test_lora_changes_nothing_at_the_start(rows):
+    """Guards: a wrapped layer that is not the one it wraps."""
+    torch.manual_seed(0)
+    model = LoFi.build(SMALL, data.tokenizer_texts(rows)).eval()
+    plain = copy.deepcopy(model.siglip).merge_and_unload()
+    pixels = torch.rand(2, 3, 32, 32)
+    a, b = (m.get_image_features(pixel_values=pixels).pooler_output for m in (model.siglip, plain))
+    assert torch.allclose(a, b, atol=1e-6)
+    with model.siglip.disable_adapter():
+        assert torch.equal(a, model.siglip.get_image_features(pixel_values=pixels).pooler_output)
+
+
+def test_gradients_are_exactly_where_they_should_be(model, batch):
+    """Guards: a frozen tower that trains, a trainable tensor that no loss reaches, a loss that leaks."""
+    fill_lora(model).train()
+    l_s, nll = all_losses(model, batch)
+    everything = touched(model, losses.total_loss(l_s, nll))
+    assert everything == {n for n, p in model.named_parameters() if p.requires_grad}
+    contrastive = touched(model, l_s)
+    assert not {n for n in contrastive if n.startswith(("llm.", "pooling."))}
+    assert {"siglip.base_model.model.logit_scale", "siglip.base_model.model.logit_bias"} <= contrastive
+    generative = touched(model, nll.mean())
+    assert not {n for n in generative if "text_model" in n or "logit" in n}
+    assert {n for n in lora(model) if "vision_model" in n} <= generative
+
+
+def touched(model, loss):
+    """Names of the parameters that get a gradient other than 0 from a loss."""
+    trains = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, [p for _, p in trains], allow_unused=True, retain_graph=True)
+    return {n for (n, _), g in zip(trains, grads) if g is not None and g.abs().sum() > 0}
+
+
+def test_target_logits_are_gemmas(model, batch):
+    """Guards: logits one place off, a missing <bos>, visual tokens scaled by sqrt(H), padding that is seen.
+
+    Oracle: Gemma3ForCausalLM(labels=...) on each row alone, its embeddings laid out by hand."""
+    fill_lora(model)
+    _, patches = model.encode_image(batch["image"], with_patches=True)
+    visual = model.visual_tokens(patches)
+    _, nll = all_losses(model, batch)
+    table = model.llm.get_input_embeddings()
+    for r, (ids, is_target) in enumerate(zip(batch["ids"], batch["is_target"])):
+        end = is_target.nonzero().max() + 1
+        labels = torch.full((1, 1 + SMALL.n_queries + end), -100)
+        labels[0, 1 + SMALL.n_queries:][is_target[:end]] = ids[:end][is_target[:end]]
+        embeds = torch.cat([table(torch.tensor([[model.llm_tokenizer.bos_token_id]])),
+                            visual[batch["image_of_row"][r]][None], table(ids[None, :end])], 1)
+        assert torch.allclose(model.llm(inputs_embeds=embeds, labels=labels).loss, nll[r], atol=1e-4)
+
+
+def test_images_are_normalised_once(model):
+    """Guards: a second preprocessing path; uint8 films read as 0..255 floats."""
+    film = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
+    pixels = torch.from_numpy(film).float()[None, None].expand(1, 3, 32, 32) / 255 * 2 - 1
+    wanted = F.normalize(model.siglip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+    assert torch.allclose(model.encode_image(torch.from_numpy(film)[None]), wanted, atol=1e-5)
+    assert torch.allclose(model.encode_image(Image.fromarray(film)), wanted, atol=1e-5)
+
+
+def test_embeddings_are_of_unit_length_and_text_goes_in_as_text_or_ids(model):
+    """Guards: dot products in place of cosines; two text paths."""
+    texts = ["No nodule.", "Large left pleural effusion."]
+    emb = model.encode_text(texts)
+    assert torch.allclose(emb.norm(dim=-1), torch.ones(2), atol=1e-5)
+    assert torch.equal(emb, model.encode_text(data.text_ids(model.text_tokenizer, texts, model.text_length)))
+
+
+def test_queries_start_spatial(model):
+    """Guards: queries that start blind; each must look most at the patches of its own quarter."""
+    pool = model.pooling
+    score = pool.queries @ pool.place.T                        # 2 x 2 queries on 4 x 4 patches
+    best = score.argmax(-1)
+    quarter = (best // 4 // 2) * 2 + best % 4 // 2
+    assert quarter.tolist() == [0, 1, 2, 3]
+
+
+def test_generate_is_the_argmax_of_the_full_forward(model, rows):
+    """Guards: a wrong mask or position with left padding, a cache that drifts, rows that see each other."""
+    fill_lora(model)
+    prompts = [data.CAPTIONING_PROMPT, "Detect all instances of: a much longer phrase than that.", "x"]
+    _, patches = model.encode_image([row["path"] for row in rows[:3]], with_patches=True)
+    visual = model.visual_tokens(patches)
+    answers = model.generate(visual, prompts, max_new_tokens=12)
+    for v, prompt, answer in zip(visual, prompts, answers):
+        ids = torch.tensor([data.prompt_ids(model.llm_tokenizer, prompt)])
+        new = []
+        for _ in range(12):
+            logits = model.llm(inputs_embeds=model.embed(v[None], ids), use_cache=False).logits[0, -1]
+            new.append(int(logits.argmax()))
+            ids = torch.cat([ids, torch.tensor([[new[-1]]])], 1)
+            if new[-1] == model.llm_tokenizer.eos_token_id:
+                break
+        assert answer == model.llm_tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_report_ground_and_describe_answer(model, rows):
+    """Guards: a public command of the model that does not run on a path and on a PIL image."""
+    path = rows[0]["path"]
+    assert isinstance(model.report(path), str)
+    assert len(model.ground(Image.open(path), ["No nodule.", "x"])) == 2
+    assert isinstance(model.describe(path, [[0.1, 0.2, 0.3, 0.4]]), str)
+
+
+def test_save_and_load(model, batch, tmp_path):
+    """Guards: weights that are not saved, or not loaded; a tokenizer that comes back different."""
+    fill_lora(model)
+    model.save_pretrained(tmp_path / "run")
+    again = LoFi.from_pretrained(tmp_path / "run")
+    assert again.config == model.config
+    for a, b in zip(model(batch), again(batch)):
+        assert torch.equal(a, b)
+    text = "A <eos> of 1.5 cm."
+    assert data.plain_ids(again.llm_tokenizer, text) == data.plain_ids(model.llm_tokenizer, text)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_pretrained_parts_are_loaded_from_folders_and_not_saved_again(rows, tmp_path):
+    """Guards: random weights where pretrained ones were asked for; a run that stores 1.4 B frozen weights."""
+    torch.manual_seed(0)
+    source = LoFi.build(dataclasses.replace(SMALL, lora_rank=0, llm_lora_rank=0), data.tokenizer_texts(rows))
+    source.siglip.save_pretrained(tmp_path / "siglip")
+    source.text_tokenizer.save_pretrained(tmp_path / "siglip")
+    source.llm.save_pretrained(tmp_path / "gemma")
+    source.llm_tokenizer.save_pretrained(tmp_path / "gemma")
+    config = dataclasses.replace(SMALL, encoder=str(tmp_path / "siglip"), llm=str(tmp_path / "gemma"))
+    model = fill_lora(LoFi.build(config).eval())
+    path = rows[0]["path"]
+    with model.siglip.disable_adapter():
+        assert torch.allclose(model.encode_image(path), source.eval().encode_image(path), atol=1e-6)
+    model.save_pretrained(tmp_path / "run")
+    saved = model.saved_state()
+    assert all("lora_" in n or n.startswith("pooling.") or "logit" in n for n in saved)
+    again = LoFi.from_pretrained(tmp_path / "run")
+    assert torch.equal(again.encode_image(path), model.encode_image(path))
+    with pytest.raises(ModelError, match="nowhere"):
+        LoFi.build(dataclasses.replace(config, llm=str(tmp_path / "nowhere")), ["text"])
+
+
+def test_export_is_a_plain_siglip(model, rows, tmp_path):
+    """Guards: LoRA left out of the merge, or merged twice; a folder that needs our code."""
+    fill_lora(model).save_pretrained(tmp_path / "run")
+    run("model.py", "export", tmp_path / "run", tmp_path / "out")
+    plain = SiglipModel.from_pretrained(tmp_path / "out")
+    pixels = model.films(rows[0]["path"])[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
+    emb = F.normalize(plain.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+    assert torch.allclose(emb, model.encode_image(rows[0]["path"]), atol=1e-5)
+    assert not any("lora" in name for name in plain.state_dict())
+    assert "exists already" in run("model.py", "export", tmp_path / "run", tmp_path / "out", ok=False)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(model, tmp_path):
+    """Guards: a half-written file loaded in part; a checkpoint of other sizes forced in."""
+    model.save_pretrained(tmp_path / "run")
+    with pytest.raises(ModelError, match="not a run folder"):
+        LoFi.from_pretrained(tmp_path)
+    config = (tmp_path / "run" / "config.json").read_text()
+    (tmp_path / "run" / "config.json").write_text(config.replace('"n_queries": 4', '"n_queries": 9'))
+    with pytest.raises(ModelError, match="another model"):
+        LoFi.from_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(config)
+    weights = tmp_path / "run" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot be read"):
+        LoFi.from_pretrained(tmp_path / "run")
+
+
+def test_from_scratch_towers_start_as_siglip_does():
+    """Guards: a temperature of 1 and a bias of 0, with which a fresh SiglipModel comes."""
+    siglip = build_encoder(dataclasses.replace(SMALL, text={**SMALL.text, "vocab_size": 300}))
+    assert siglip.logit_scale.exp().item() == pytest.approx(10, rel=1e-5)
