@@ -79,7 +79,7 @@ class Config:
 PAPER = Config()
 TINY = Config(
     preset="tiny", encoder=None, llm=None, n_queries=25, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1500, batch_size=48, n_regions=3,
+    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1400, batch_size=48, n_regions=3,
     max_target=48, augment=True, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
     text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=32, projection_size=128),
