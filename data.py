@@ -1,9 +1,9 @@
-"""Data of LoFi (Sec. 2.0.1 and 2.0.4): the manifest, box strings, prompts, samples, and the phantom.
+"""Data of LoFi (Sec. 2.0.1 and 2.0.4): the manifest, box strings, prompts, samples and the phantom.
 
-    python data.py phantom OUT           # draw chest films with findings, reports and boxes
-    python data.py check DIR             # read every row and image, count, draw a few with their boxes
+    python data.py phantom OUT        # draw chest films with findings, reports and boxes
+    python data.py check DIR          # read every row and image, count, draw a few with their boxes
 
-A data set is a folder with `manifest.jsonl`, one image a line (`report` and `regions` may be missing):
+A data set is a folder with `manifest.jsonl`, one image a line (`report`, `regions` may be missing):
 
     {"image": "images/0001.png", "study": "s1", "patient": "p1", "split": "train",
      "report": "The heart is enlarged. ...",
@@ -34,11 +34,11 @@ from tqdm import tqdm
 # ---- prompts (Eq. 2 to 4); of the last two the paper prints only the beginning ------------------
 
 CAPTIONING_PROMPT = "Report this medical scan."             # P_c
-GROUNDING_PROMPT = "Detect all instances of: {phrase}"      # P_g; the ending is not stated in the paper
-DENSE_CAPTIONING_PROMPT = "Describe the regions: {boxes}"   # P_d; the ending is not stated in the paper
+GROUNDING_PROMPT = "Detect all instances of: {phrase}"      # P_g; ending not stated in the paper
+DENSE_CAPTIONING_PROMPT = "Describe the regions: {boxes}"   # P_d; ending not stated in the paper
 
 SPLITS = ("train", "val", "test")
-TASKS = "cgd"                           # captioning, grounding, dense captioning: tau of the total loss
+TASKS = "cgd"                           # tau of L_t: captioning, grounding, dense captioning
 TASK_WEIGHT = {"c": 2, "g": 1, "d": 1}  # L_c and L_g,d "contribute equally" (Sec. 2.0.1)
 
 
@@ -53,7 +53,7 @@ BOX_PATTERN = re.compile(r"\d{1,4} \d{1,4} \d{1,4} \d{1,4}", re.ASCII)
 
 
 def boxes_to_text(boxes):
-    """[(x0, y0, x1, y1), ...], fractions -> "380 510 780 840; ...", left to right. No box: "none"."""
+    """[(x0, y0, x1, y1), ...], fractions -> "380 510 780 840; ...", left to right, or "none"."""
     lines = []
     for x0, y0, x1, y1 in sorted(tuple(box) for box in boxes):
         x0, y0 = (min(999, round(1000 * v)) for v in (x0, y0))
@@ -83,8 +83,8 @@ def manifest_path(data):
     """The manifest of a folder, or the file itself. Raises DataError if there is none."""
     path = Path(data) / "manifest.jsonl" if Path(data).is_dir() else Path(data)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; --data takes a folder with manifest.jsonl, or that file "
-                        "(python data.py phantom OUT makes one)")
+        raise DataError(f"{path}: no such file; --data takes a folder with manifest.jsonl, or that "
+                        "file (python data.py phantom OUT makes one)")
     return path
 
 
@@ -123,7 +123,8 @@ def row_problem(row, folder):
             return f"region {region!r}, wanted {{'phrase': text, 'boxes': [[x0, y0, x1, y1], ...]}}"
         for box in region["boxes"]:
             if problem := box_problem(box):
-                return f"box {box} of {region['phrase']!r} {problem}; wanted [x0, y0, x1, y1] in [0, 1]"
+                return (f"box {box} of {region['phrase']!r} {problem}; "
+                        "wanted [x0, y0, x1, y1] in [0, 1]")
     if not (folder / row["image"]).is_file():
         return f"image {folder / row['image']} does not exist"
 
@@ -147,16 +148,17 @@ def scan_manifest(data):
 
 
 def read_manifest(data, split=None):
-    """The rows of a manifest (of one split), each checked, with "path" added: the image's full path.
+    """The rows of a manifest (of one split), each checked, plus "path": the image's full path.
 
-    Raises DataError with file, line, what was found and what was wanted, for the first wrong row."""
+    Raises DataError with file, line, what was found and wanted, for the first wrong row."""
     path, rows = manifest_path(data), []
     for number, row, problem in scan_manifest(data):
         if problem:
             raise DataError(f"{path}:{number}: {problem}")
         if split in (None, row["split"]):
             rows.append({**row, "report": " ".join((row.get("report") or "").split()),
-                         "regions": row.get("regions") or [], "path": str(path.parent / row["image"])})
+                         "regions": row.get("regions") or [],
+                         "path": str(path.parent / row["image"])})
     if not rows:
         raise DataError(f"{path}: no rows" + (f" with split {split!r}" if split else ""))
     return rows
@@ -168,7 +170,7 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def window_film(values):
-    """(h, w) numbers -> (h, w) uint8: the 0.5th to 99.5th percentile to 0..255, as a reader windows."""
+    """(h, w) numbers -> (h, w) uint8: percentiles 0.5 to 99.5 to 0..255, as a reader windows."""
     values = np.nan_to_num(np.asarray(values, np.float32), posinf=0, neginf=0)
     low, high = np.percentile(values, (0.5, 99.5))
     if high <= low:
@@ -179,9 +181,9 @@ def window_film(values):
 def load_image(path, size=None):
     """Read an image of any mode as a grey 8-bit film, stretched to (size, size) if a size is given.
 
-    path: of a file, or a PIL image. 16-bit, 32-bit and float films, and 8-bit ones that use less than
-    a quarter of the range, are windowed by percentiles; transparency is black. Raises DataError, with
-    the path, if it cannot."""
+    path: of a file, or a PIL image. 16-bit, 32-bit and float films, and 8-bit ones that use less
+    than a quarter of the range, are windowed by percentiles; transparency is black. Raises
+    DataError, with the path, if it cannot."""
     try:
         with path.copy() if isinstance(path, Image.Image) else Image.open(path) as image:
             if size and image.format == "JPEG":
@@ -191,29 +193,31 @@ def load_image(path, size=None):
                 image = Image.fromarray(window_film(image))
             elif "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
-                image = Image.composite(image.convert("L"), Image.new("L", image.size), image.getchannel("A"))
+                image = Image.composite(image.convert("L"), Image.new("L", image.size),
+                                        image.getchannel("A"))
             image = image.convert("L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
             Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path}: cannot be read as an image ({str(error) or type(error).__name__})")
+        raise DataError(f"{path}: cannot be read as an image "
+                        f"({str(error) or type(error).__name__})")
     low, high = image.getextrema()
     if 0 < high - low < 64:
         image = Image.fromarray(window_film(image))
     return image.resize((size, size), Image.Resampling.BILINEAR) if size else image
 
 
-def augment(image, regions, size, rng):
+def augment(image, regions, size, strength, rng):
     """Crop or pad, brighten and contrast a film, and move its boxes along; not stated in the paper.
 
-    The window is 0.8 to 1.25 of the film a side; never a flip, which would swap left and right. A
-    region that loses over a third of a box's area is dropped. image: PIL "L". -> (size, size) uint8,
-    regions."""
-    w, h = rng.uniform(0.8, 1.25) * rng.uniform(0.93, 1.07, 2)             # of the film, each side
+    At strength 1 the window is 0.75 to 1.25 of the film a side. Never a flip, which would swap left
+    and right. A region that loses over a third of a box's area is dropped. image: PIL "L".
+    -> (size, size) uint8, regions."""
+    vary = lambda low, high, n=None: strength * rng.uniform(low, high, n)
+    w, h = (1 + vary(-0.25, 0.25)) * (1 + vary(-0.07, 0.07, 2))                # of the film, a side
     x, y = rng.uniform(min(0, 1 - w), max(0, 1 - w)), rng.uniform(min(0, 1 - h), max(0, 1 - h))
     window = np.array([x, y, x + w, y + h]) * np.array(image.size * 2)
     image = image.transform((size, size), Image.Transform.EXTENT, window, Image.Resampling.BILINEAR)
-    gain, shift = rng.uniform(0.75, 1.3), rng.uniform(-25, 25)
-    levels = (np.arange(256) - 128) * gain + 128 + shift
+    levels = (np.arange(256) - 128) * (1 + vary(-0.25, 0.3)) + 128 + vary(-25, 25)
     film = levels.clip(0, 255).astype(np.uint8)[np.asarray(image)]
     kept = []
     for region in regions:
@@ -233,7 +237,7 @@ def split_sentences(report):
 
 
 def sample_sentences(sentences, rng, low=4, high=8):
-    """4 to 8 sentences of a report at random, in their order (Sec. 2.0.4); fewer if it has fewer."""
+    """4 to 8 random sentences of a report, in their order (Sec. 2.0.4); fewer if it has fewer."""
     n = min(len(sentences), rng.integers(low, high + 1))
     return [sentences[i] for i in sorted(rng.choice(len(sentences), n, replace=False))]
 
@@ -265,7 +269,7 @@ def sample_tasks(report, regions, objectives, n_regions, rng):
 
 
 def location_aware_row(task, region):
-    """(task, prompt, target) of grounding (Eq. 3: phrase to boxes) or its swap, dense captioning."""
+    """(task, prompt, target): grounding (Eq. 3, phrase to boxes) or its swap, dense captioning."""
     phrase, boxes = region["phrase"], boxes_to_text(region["boxes"])
     if task == "g":
         return "g", GROUNDING_PROMPT.format(phrase=phrase), boxes
@@ -300,7 +304,8 @@ def learn_tokenizer(texts, vocab_size):
 
     Digits are never merged, so that a coordinate is one token a digit, as in Gemma's tokenizer."""
     from transformers import GPT2Tokenizer
-    bytes_only = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+    bytes_only = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+                               unk_token="<unk>")
     texts = [re.sub(r"\d", " ", text) for text in texts]
     return bytes_only.train_new_from_iterator(texts + [t.lower() for t in texts], vocab_size,
                                               show_progress=False)
@@ -320,7 +325,7 @@ class ChestXrays(torch.utils.data.Dataset):
     A sample: {"image": (size, size) uint8, "text": str, "tasks": [(task, prompt, target), ...]},
     or {"bad": message} for an unreadable image when skip_bad is set."""
 
-    def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=False, cached=False,
+    def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
                  skip_bad=False, seed=0):
         self.rows, self.size, self.objectives, self.n_regions = rows, size, objectives, n_regions
         self.augmented, self.skip_bad, self.seed = augmented, skip_bad, seed
@@ -348,18 +353,19 @@ class ChestXrays(torch.utils.data.Dataset):
                 return {"bad": str(error)}
             raise
         if self.augmented:
-            film, regions = augment(film, regions, self.size, rng)
+            film, regions = augment(film, regions, self.size, self.augmented, rng)
         sentences = split_sentences(row["report"]) or [r["phrase"] for r in row["regions"]]
-        return {"image": torch.from_numpy(np.array(film)), "text": " ".join(sample_sentences(sentences, rng)),
+        return {"image": torch.from_numpy(np.array(film)),
+                "text": " ".join(sample_sentences(sentences, rng)),
                 "tasks": sample_tasks(row["report"], regions, self.objectives, self.n_regions, rng)}
 
 
 class Collate:
     """Samples -> a batch of tensors. B images, R rows of the LLM, L tokens of the longest row.
 
-    image (B, S, S) uint8; text (B, T) ids, if there is a text tokenizer; ids (R, L): prompt, target,
-    <eos>, padding;
-    is_target (R, L): target and <eos>; image_of_row (R,); task_of_row (R,): index in TASKS; bad: messages."""
+    image (B, S, S) uint8; text (B, T) ids, if there is a text tokenizer; ids (R, L): prompt,
+    target, <eos>, padding; is_target (R, L): target and <eos>; image_of_row (R,); task_of_row (R,):
+    index in TASKS; bad: messages."""
 
     def __init__(self, text_tokenizer, text_length, llm_tokenizer, max_target):
         self.text_tokenizer, self.text_length = text_tokenizer, text_length
@@ -381,20 +387,25 @@ class Collate:
             end = len(prompt) + len(target)
             ids[r, :end] = torch.tensor(prompt + target)
             is_target[r, len(prompt):end] = True
-        batch = {"image": torch.stack([s["image"] for s in samples]), "ids": ids, "is_target": is_target,
+        batch = {"image": torch.stack([s["image"] for s in samples]),
+                 "ids": ids, "is_target": is_target,
                  "image_of_row": torch.tensor([row[0] for row in rows], dtype=torch.long),
-                 "task_of_row": torch.tensor([TASKS.index(row[1]) for row in rows], dtype=torch.long), "bad": bad}
+                 "task_of_row": torch.tensor([TASKS.index(row[1]) for row in rows],
+                                             dtype=torch.long),
+                 "bad": bad}
         if self.text_tokenizer:
-            batch["text"] = text_ids(self.text_tokenizer, [s["text"] for s in samples], self.text_length)
+            batch["text"] = text_ids(self.text_tokenizer, [s["text"] for s in samples],
+                                     self.text_length)
         return batch
 
 
 # ---- the phantom: drawn chest films -------------------------------------------------------------
-# Body frame: x from the patient's right (-1) to left (1), which is the picture's left to right; y from
-# the shoulders (-1) to the abdomen (1).
+# Body frame: x from the patient's right (-1) to left (1), which is the picture's left to right;
+# y from the shoulders (-1) to the abdomen (1).
 
 RIGHT_LUNG = [(-.14, -.62), (-.26, -.74), (-.42, -.70), (-.56, -.48), (-.66, -.12), (-.71, .25),
-              (-.73, .56), (-.58, .46), (-.38, .40), (-.20, .50), (-.14, .28), (-.21, .02), (-.15, -.25)]
+              (-.73, .56), (-.58, .46), (-.38, .40), (-.20, .50), (-.14, .28), (-.21, .02),
+              (-.15, -.25)]
 ZONES = {"upper": -.42, "mid": -.06, "lower": .27}              # centres, y
 SIZES = {"small": .35, "moderate": .45, "large": .57}           # widths
 HEART = {"mildly": .58, "moderately": .66, "severely": .75}     # left border, x; .46 is normal
@@ -477,7 +488,8 @@ def draw_anatomy(film, heart):
     ribs = [[(-.10, y - .05), (-.32, y - .10), (-.55, y - .02), (-.72, y + .16)]
             for y in np.arange(-.66, .5, .155)]
     film.add(film.mask(*both(ribs), blur=.004, line=.016 * wide), 13)
-    film.add(film.mask(*both([[(-.08, -.60), (-.35, -.70), (-.74, -.80)]]), blur=.004, line=.03 * wide), 24)
+    film.add(film.mask(*both([[(-.08, -.60), (-.35, -.70), (-.74, -.80)]]), blur=.004,
+                       line=.03 * wide), 24)
     roots = [(-.2, y) for y in rng.uniform(-.15, .1, 14)]
     vessels = [[(x, y), (x - rng.uniform(.1, .36), y + rng.uniform(-.4, .3))] for x, y in roots]
     vessels = vessels[:7] + [mirror(points, "left") for points in vessels[7:]]
@@ -508,7 +520,8 @@ def draw_cavity(film, side, zone, width):
 
 def draw_consolidation(film, side, zone, width):
     rng, (x, y) = film.rng, place_in_zone(film, side, zone)
-    wobble = 1 + .18 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6) + rng.uniform(0, 6))
+    wobble = 1 + .18 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6)
+                              + rng.uniform(0, 6))
     outline = ellipse(x, y, .62 * width, .62 * width * rng.uniform(.55, .85), wobble)
     film.add(film.mask(outline, blur=.012) * (1 + noise(rng, 24, film.n, .3)), 64)
     return [outline]
@@ -525,7 +538,8 @@ def draw_effusion(film, side, _, width):
 def draw_pneumothorax(film, side, _, width):
     edge, base = width * film.rng.uniform(.55, .75), -.72 + 1.9 * width * film.rng.uniform(.9, 1.1)
     line = [(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge), (-.70, base)]
-    outline = mirror([(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)] + line[::-1], side)
+    outline = mirror([(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
+                     + line[::-1], side)
     film.add(film.mask(outline, blur=.004), -34)
     film.add(film.mask(mirror(line, side), blur=.002, line=.012), 70)
     return [outline]
@@ -535,7 +549,8 @@ def draw_pacemaker(film, side, *_):
     rng = film.rng
     x, y = rng.uniform(-.70, -.36), rng.uniform(-.72, -.30)
     outline = mirror(ellipse(x, y, rng.uniform(.17, .23), rng.uniform(.13, .18)), side)
-    lead = mirror([(x, y), (-.16, y - .1), (-.02, -.1), (-.10 if side == "right" else .10, .38)], side)
+    lead = mirror([(x, y), (-.16, y - .1), (-.02, -.1), (-.10 if side == "right" else .10, .38)],
+                  side)
     film.add(film.mask(lead, blur=.002, line=.009), 80)
     film.add(film.mask(outline, blur=.003), 120)
     return [outline]
@@ -562,31 +577,36 @@ def draw_phantom(rng, n=128):
     kinds = {kind: size for kind, _, _, size in findings}
     border = HEART[degree[kinds["heart"]]] if "heart" in kinds else .46
     left, top, bottom = -.22 - .3 * (border - .46), -.02, .54
-    heart = ellipse((left + border) / 2, (top + bottom) / 2, (border - left) / 2, (bottom - top) / 2)
+    heart = ellipse((left + border) / 2, (top + bottom) / 2,
+                    (border - left) / 2, (bottom - top) / 2)
     draw_anatomy(film, heart)
     draw = {"nodule": draw_nodule, "cavity": draw_cavity, "consolidation": draw_consolidation,
-            "effusion": draw_effusion, "pneumothorax": draw_pneumothorax, "pacemaker": draw_pacemaker,
-            "heart": lambda *_: [heart]}
+            "effusion": draw_effusion, "pneumothorax": draw_pneumothorax,
+            "pacemaker": draw_pacemaker, "heart": lambda *_: [heart]}
     regions = []
     for kind, side, zone, size in findings:
         width = SIZES[size] * rng.uniform(.9, 1.1)
-        phrase = FINDINGS[kind].format(side=side, zone=zone, Size=size.capitalize(), degree=degree[size])
-        regions.append({"phrase": phrase, "boxes": [film.box(o) for o in draw[kind](film, side, zone, width)]})
+        phrase = FINDINGS[kind].format(side=side, zone=zone, Size=size.capitalize(),
+                                       degree=degree[size])
+        regions.append({"phrase": phrase,
+                        "boxes": [film.box(o) for o in draw[kind](film, side, zone, width)]})
     absent = rng.permutation([kind for kind in FINDINGS if kind not in kinds])
     sentences = [r["phrase"] for r in regions] + [ABSENT[kind] for kind in absent]
     report = " ".join(rng.permutation(sentences[:SENTENCES]))
-    pixels = film.pixels * rng.uniform(.85, 1.1) + noise(rng, 2 * n // 3, n, 14) + noise(rng, 5, n, 9)
+    pixels = (film.pixels * rng.uniform(.85, 1.1)
+              + noise(rng, 2 * n // 3, n, 14) + noise(rng, 5, n, 9))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), report, regions
 
 
 def write_phantom(job):
-    """Draw phantom i of a split and save its film; a process pool's task. Returns the manifest row."""
+    """Draw phantom i of a split and save its film; a process pool's task. Returns the row."""
     out, split, i, seed = job
     film, report, regions = draw_phantom(np.random.default_rng([seed, SPLITS.index(split), i]))
     name = f"images/{split}_{i:05d}.png"
     film.save(out / name, compress_level=1)
     study = f"{split}{i:05d}"
-    return {"image": name, "study": study, "patient": study, "split": split, "report": report, "regions": regions}
+    return {"image": name, "study": study, "patient": study, "split": split,
+            "report": report, "regions": regions}
 
 
 PHANTOM_SIZES = {"train": 8000, "val": 50, "test": 400}
@@ -599,9 +619,10 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     shutil.rmtree(draft, ignore_errors=True)
     (draft / "images").mkdir(parents=True)
     jobs = [(draft, split, i, seed) for split, n in sizes.items() for i in range(n)]
-    with ProcessPoolExecutor(min(8, os.cpu_count())) as pool, open(draft / "manifest.jsonl", "w") as manifest:
-        for row in tqdm(pool.map(write_phantom, jobs, chunksize=50), "phantom", len(jobs), unit="film",
-                        disable=quiet):
+    with (ProcessPoolExecutor(min(8, os.cpu_count())) as pool,
+          open(draft / "manifest.jsonl", "w") as manifest):
+        for row in tqdm(pool.map(write_phantom, jobs, chunksize=50), "phantom", len(jobs),
+                        unit="film", disable=quiet):
             manifest.write(json.dumps(row) + "\n")
     draft.rename(out)
     return out
@@ -631,7 +652,8 @@ def check(data, png):
     path, rows, problems = manifest_path(data), [], 0
     for number, row, problem in tqdm(scan_manifest(data), "check", unit="row"):
         if not problem:
-            row = {**row, "path": str(path.parent / row["image"]), "regions": row.get("regions") or []}
+            row = {**row, "path": str(path.parent / row["image"]),
+                   "regions": row.get("regions") or []}
             try:
                 load_image(row["path"], 64)
                 rows.append(row)
@@ -644,11 +666,13 @@ def check(data, png):
         some = [row for row in rows if row["split"] == split]
         regions = [region for row in some for region in row["regions"]]
         print(f"{split:6}{len(some):8,} images {len({r['study'] for r in some}):8,} studies "
-              f"{len({r['patient'] for r in some}):8,} patients {sum(bool(r.get('report')) for r in some):8,} reports "
+              f"{len({r['patient'] for r in some}):8,} patients "
+              f"{sum(bool(r.get('report')) for r in some):8,} reports "
               f"{len(regions):8,} regions {sum(len(r['boxes']) for r in regions):8,} boxes")
     patients = [{r["patient"] for r in rows if r["split"] == split} for split in SPLITS]
     if shared := patients[0] & (patients[1] | patients[2]):
-        print(f"note: {len(shared)} patients of train are in val or test too, {min(shared)!r} for one")
+        print(f"note: {len(shared)} patients of train are in val or test too, "
+              f"{min(shared)!r} for one")
     if rows:
         boxed = [row for row in rows if row["regions"]] or rows
         draw_rows(boxed[::max(1, len(boxed) // 8)][:8], png)
@@ -660,17 +684,21 @@ def check(data, png):
 # ---- command line --------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description="Make and check data sets of manifest.jsonl rows (see the top of "
-                                     "data.py).", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Make and check data sets of manifest.jsonl rows (see the top of data.py).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("phantom", help="draw chest films with findings, reports and boxes",
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser(
+        "phantom", help="draw chest films with findings, reports and boxes",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument("out", help="folder to write; an existing one is not touched")
     for split, n in PHANTOM_SIZES.items():
-        command.add_argument(f"--{split}", type=int, default=n, metavar="N", help=f"films of the {split} split")
+        command.add_argument(f"--{split}", type=int, default=n, metavar="N",
+                             help=f"films of the {split} split")
     command.add_argument("--seed", type=int, default=0, help="the same seed draws the same films")
-    command = commands.add_parser("check", help="read every row and image, count, draw eight rows with boxes",
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser(
+        "check", help="read every row and image, count, draw eight rows with boxes",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument("data", help="folder with manifest.jsonl, or that file")
     command.add_argument("--png", default="runs/check.png", help="where to draw")
     args = parser.parse_args()

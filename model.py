@@ -2,8 +2,8 @@
 
     from model import LoFi
     model = LoFi.from_pretrained("runs/phantom")
-    model.ground(image, ["The heart is enlarged."])          # -> boxes; also report, describe
-    python model.py export RUN OUT                           # a plain SiglipModel folder, LoRA merged
+    model.ground(image, ["The heart is enlarged."])        # -> boxes; also report, describe
+    python model.py export RUN OUT                         # a plain SiglipModel folder, LoRA merged
 
 B images  P patches  V visual tokens (64)  T text tokens  D shared width  H LLM width
 R rows of the LLM (image, prompt, target)  L prompt and target tokens  N target tokens of all rows
@@ -38,7 +38,8 @@ class ModelError(ValueError):
 
 # ---- hyper-parameters, each once ----------------------------------------------------------------
 
-SIGLIP2_400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+SIGLIP2_400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+                    num_attention_heads=16)
 TINY_TOWER = dict(hidden_size=128, intermediate_size=384, num_attention_heads=2, hidden_act="gelu")
 
 
@@ -46,18 +47,18 @@ TINY_TOWER = dict(hidden_size=128, intermediate_size=384, num_attention_heads=2,
 class Config:
     """The paper's setting; TINY below is the miniature. Sizes count only when nothing is loaded."""
     preset: str = "paper"
-    encoder: str | None = "google/siglip2-so400m-patch16-512"   # E_I and E_T            (Sec. 2.0.4)
-    llm: str | None = "google/gemma-3-270m"                     # LLM                    (Sec. 2.0.4)
-    n_queries: int = 64             # attention pooling modules, V                       (Sec. 2.0.1)
-    lora_rank: int = 16             # q, k, v, out of both encoders; 0: all trains       (Sec. 2.0.4)
+    encoder: str | None = "google/siglip2-so400m-patch16-512"   # E_I and E_T           (Sec. 2.0.4)
+    llm: str | None = "google/gemma-3-270m"                     # LLM                   (Sec. 2.0.4)
+    n_queries: int = 64             # attention pooling modules, V                      (Sec. 2.0.1)
+    lora_rank: int = 16             # q, k, v, out of both encoders; 0: all trains      (Sec. 2.0.4)
     lora_alpha: int = 16            # not stated in the paper
-    llm_lora_rank: int = 4          # q, v of the LLM; 0: all trains                     (Sec. 2.0.4)
+    llm_lora_rank: int = 4          # q, v of the LLM; 0: all trains                    (Sec. 2.0.4)
     llm_lora_alpha: int = 4         # not stated in the paper
-    lam: float = 5.0                # lambda of the total loss                           (Sec. 2.0.1)
-    lr: float = 3e-4                # initial, then cosine annealing                     (Sec. 2.0.4)
-    epochs: int = 10                #                                                    (Sec. 2.0.4)
+    lam: float = 5.0                # lambda of the total loss                          (Sec. 2.0.1)
+    lr: float = 3e-4                # initial, then cosine annealing                    (Sec. 2.0.4)
+    epochs: int = 10                #                                                   (Sec. 2.0.4)
     steps: int | None = None        # instead of epochs
-    batch_size: int = 16            #                                                    (Sec. 2.0.4)
+    batch_size: int = 16            #                                                   (Sec. 2.0.4)
     text_lr: float = 1.0            # rate of the text tower, as a share of lr
     scale_lr: float = 1.0           # rate of t' and b, as a share of lr
     warmup: float = 0.02            # share of the steps; not stated in the paper
@@ -65,27 +66,29 @@ class Config:
     clip: float = 1.0               # gradient norm; not stated in the paper
     n_regions: int = 1              # regions of an image in a step; not stated in the paper
     max_target: int = 256           # tokens of a target; not stated in the paper
-    augment: bool = False           # crop, brightness, contrast; not stated in the paper
+    augment: float = 0.0            # strength of crop, brightness, contrast; not stated in the paper
     cache: bool = False             # keep decoded films in memory
     vocab_size: int = 32_000        # at most, of a tokenizer learned where none can be loaded
-    vision: dict = dataclasses.field(default_factory=lambda: dict(SIGLIP2_400M, image_size=512, patch_size=16))
+    vision: dict = dataclasses.field(default_factory=lambda: dict(
+        SIGLIP2_400M, image_size=512, patch_size=16))
     text: dict = dataclasses.field(default_factory=lambda: dict(
         SIGLIP2_400M, vocab_size=256_000, max_position_embeddings=64, projection_size=1152))
     decoder: dict = dataclasses.field(default_factory=lambda: dict(
-        vocab_size=262_144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, head_dim=256,
-        num_attention_heads=4, num_key_value_heads=1, sliding_window=512, max_position_embeddings=32_768))
+        vocab_size=262_144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18,
+        head_dim=256, num_attention_heads=4, num_key_value_heads=1, sliding_window=512,
+        max_position_embeddings=32_768))
 
 
 PAPER = Config()
 TINY = Config(
     preset="tiny", encoder=None, llm=None, n_queries=25, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1400, batch_size=48, n_regions=3,
-    max_target=48, augment=True, cache=True, vocab_size=1024,
+    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1400, batch_size=48,
+    n_regions=3, max_target=48, augment=1.0, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
     text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=32, projection_size=128),
     decoder=dict(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64, initializer_range=0.08,
-                 hidden_activation="silu", max_position_embeddings=1024))
+                 num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64,
+                 initializer_range=0.08, hidden_activation="silu", max_position_embeddings=1024))
 PRESETS = {"paper": PAPER, "tiny": TINY}
 
 # LoRA on the encoder layers alone: the suffix "out_proj" would also wrap the pooling head's, where
@@ -105,7 +108,7 @@ def grid_code(n, width, heads):
     frequency = torch.pi * 2 ** torch.linspace(0, 2, n_frequencies)
     place = (torch.arange(n) + 0.5) / n
     y, x = torch.meshgrid(place, place, indexing="ij")
-    angle = torch.stack([x, y], -1).view(n * n, 2, 1) * frequency                  # (n * n, 2, h / 4)
+    angle = torch.stack([x, y], -1).view(n * n, 2, 1) * frequency                  # (n * n, 2, h/4)
     code = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)                    # (n * n, h)
     return F.pad(code, (0, width // heads - code.shape[1])).repeat(1, heads)
 
@@ -118,9 +121,11 @@ class AttentionPooling(nn.Module):
 
     def __init__(self, width, heads, n_patches, n_queries, llm_width):
         super().__init__()
-        self.register_buffer("place", grid_code(round(n_patches ** 0.5), width, heads), persistent=False)
+        self.register_buffer("place", grid_code(round(n_patches ** 0.5), width, heads),
+                             persistent=False)
         code = grid_code(int(np.ceil(n_queries ** 0.5)), width, heads)
-        self.queries = nn.Parameter(2 * code[torch.linspace(0, len(code) - 1, n_queries).round().long()])
+        chosen = torch.linspace(0, len(code) - 1, n_queries).round().long()
+        self.queries = nn.Parameter(2 * code[chosen])
         self.norm_patches = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
@@ -144,8 +149,9 @@ def load_part(cls, source, **options):
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{source}: no {cls.__name__} could be loaded ({reason}). Give a local folder, accept the model's "
-            "terms on huggingface.co and run `hf auth login`, or use --random-init or --preset tiny")
+            f"{source}: no {cls.__name__} could be loaded ({reason}). Give a local folder, accept "
+            "the model's terms on huggingface.co and run `hf auth login`, or use --random-init or "
+            "--preset tiny")
 
 
 def build_encoder(config):
@@ -154,12 +160,15 @@ def build_encoder(config):
         return load_part(SiglipModel, config.encoder, dtype=torch.float32)
     siglip = SiglipModel(SiglipConfig(vision_config=config.vision, text_config=config.text))
     with torch.no_grad():
-        siglip.logit_scale.fill_(math.log(10))                 # t' as SigLIP starts it, and b = -log(batch):
-        siglip.logit_bias.fill_(-math.log(config.batch_size))  # one pair of B is positive; SigLIP's -10: B = 32k
+        siglip.logit_scale.fill_(math.log(10))                 # t' as SigLIP starts it
+        # b = -log(batch): one pair of B is positive; SigLIP's -10: B = 32k
+        siglip.logit_bias.fill_(-math.log(config.batch_size))
         place = siglip.vision_model.embeddings.position_embedding.weight
-        place.copy_(grid_code(round(len(place) ** 0.5), place.shape[1], config.vision["num_attention_heads"]))
-        words = siglip.text_model.embeddings                   # the last place, mostly padding, is what is pooled:
-        words.token_embedding.weight.mul_(3)                   # it starts as a mean of the words
+        place.copy_(grid_code(round(len(place) ** 0.5), place.shape[1],
+                              config.vision["num_attention_heads"]))
+        # the last place, mostly padding, is what is pooled: it starts as a mean of the words
+        words = siglip.text_model.embeddings
+        words.token_embedding.weight.mul_(3)
         words.token_embedding.weight[config.text["pad_token_id"]].zero_()
         words.position_embedding.weight.mul_(0.2)
     return siglip
@@ -191,16 +200,19 @@ def build_tokenizers(config, texts):
     most = config.vocab_size
     if config.encoder and not text_tokenizer:
         most = min(most, load_part(SiglipConfig, config.encoder).text_config.vocab_size)
-        print(f"{config.encoder} has no tokenizer, so its text tower cannot read as it was trained to: ", end="")
+        print(f"{config.encoder} has no tokenizer, so its text tower cannot read as it was trained "
+              "to: ", end="")
     learned = data.learn_tokenizer(texts, most)
     if len(learned) > most:
-        raise ModelError(f"{config.encoder}: {most} text tokens are too few for the 260 of a byte-level tokenizer")
+        raise ModelError(f"{config.encoder}: {most} text tokens are too few for the 260 of a "
+                         "byte-level tokenizer")
     print(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training split")
     sizes = {"vocab_size": len(learned)}
     special = dict(bos_token_id=learned.bos_token_id, eos_token_id=learned.eos_token_id,
                    pad_token_id=learned.pad_token_id)
     return text_tokenizer or learned, llm_tokenizer or learned, dataclasses.replace(
-        config, text={**sizes, **config.text, **special}, decoder={**sizes, **config.decoder, **special})
+        config, text={**sizes, **config.text, **special},
+        decoder={**sizes, **config.decoder, **special})
 
 
 def add_lora(part, rank, alpha, target_modules):
@@ -230,7 +242,7 @@ class LoFi(nn.Module):
 
     @classmethod
     def build(cls, config, texts=()):
-        """A model ready to train; texts: what a missing tokenizer is learned from. Raises ModelError."""
+        """A model to train; texts: what a missing tokenizer is learned from. Raises ModelError."""
         text_tokenizer, llm_tokenizer, config = build_tokenizers(config, texts)
         return cls(config, build_encoder(config), build_llm(config), text_tokenizer, llm_tokenizer)
 
@@ -272,18 +284,19 @@ class LoFi(nn.Module):
 
     def embed(self, visual, ids):
         """<bos>, visual tokens (R, V, H), then the ids (R, L) -> (R, 1 + V + L, H)."""
-        table = self.llm.get_input_embeddings()                # scales by sqrt(H); visual tokens do not pass it
+        # the table scales by sqrt(H); visual tokens do not pass it
+        table = self.llm.get_input_embeddings()
         bos = torch.full((len(ids), 1), self.llm_tokenizer.bos_token_id, device=ids.device)
         return torch.cat([table(bos), visual, table(ids)], 1)
 
     def target_logits(self, visual, ids, is_target):
-        """p_LLM at the target positions alone: visual (R, V, H), ids and is_target (R, L) -> (N, vocab).
+        """p_LLM at the targets alone: visual (R, V, H), ids and is_target (R, L) -> (N, vocab).
 
         Rows are padded on the right and the mask is causal, so no target sees padding. Rows of any
         task share this one pass; the vocabulary is only computed where a target is."""
         decoder = self.llm.get_decoder()
         hidden = decoder(inputs_embeds=self.embed(visual, ids), use_cache=False).last_hidden_state
-        hidden = hidden[:, visual.shape[1]:-1]                 # the position before each id    (R, L, H)
+        hidden = hidden[:, visual.shape[1]:-1]                 # position before each id  (R, L, H)
         return self.llm.get_output_embeddings()(hidden[is_target])
 
     def forward(self, batch):
@@ -302,16 +315,17 @@ class LoFi(nn.Module):
         """Greedy, batched, KV-cached: visual (R, V, H) and R prompts -> R texts."""
         tokens = [data.prompt_ids(self.llm_tokenizer, prompt) for prompt in prompts]
         length = max(map(len, tokens))
-        ids = torch.full((len(tokens), length), self.llm_tokenizer.pad_token_id, device=visual.device)
+        ids = torch.full((len(tokens), length), self.llm_tokenizer.pad_token_id,
+                         device=visual.device)
         for row, prompt in zip(ids, tokens):
             row[:len(prompt)] = torch.tensor(prompt)
         embeds = self.embed(visual, ids)
-        padding = [length - len(prompt) for prompt in tokens]  # moved to the left, where it is masked
+        padding = [length - len(prompt) for prompt in tokens]  # moved left, where it is masked
         embeds = torch.stack([row.roll(n, 0) for row, n in zip(embeds, padding)])
         mask = torch.arange(embeds.shape[1], device=visual.device) >= torch.tensor(
             padding, device=visual.device)[:, None]
-        out = self.llm.generate(inputs_embeds=embeds, attention_mask=mask.long(), do_sample=False, top_k=None,
-                                top_p=None, max_new_tokens=max_new_tokens,
+        out = self.llm.generate(inputs_embeds=embeds, attention_mask=mask.long(), do_sample=False,
+                                top_k=None, top_p=None, max_new_tokens=max_new_tokens,
                                 eos_token_id=self.llm_tokenizer.eos_token_id,
                                 pad_token_id=self.llm_tokenizer.pad_token_id)
         return self.llm_tokenizer.batch_decode(out, skip_special_tokens=True)
@@ -327,30 +341,34 @@ class LoFi(nn.Module):
         return self.ask(image, [data.CAPTIONING_PROMPT])[0]
 
     def ground(self, image, phrases):
-        """An image and phrases -> for each phrase its boxes (Eq. 3); none where the answer is malformed."""
+        """An image and phrases -> the boxes of each (Eq. 3); none where the answer is malformed."""
         prompts = [data.GROUNDING_PROMPT.format(phrase=phrase) for phrase in phrases]
         return [data.text_to_boxes(answer)[0] for answer in self.ask(image, prompts, 96)]
 
     def describe(self, image, boxes):
         """An image and boxes -> the sentence about that region (dense captioning)."""
-        return self.ask(image, [data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text(boxes))], 96)[0]
+        prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text(boxes))
+        return self.ask(image, [prompt], 96)[0]
 
     # ---- files ----------------------------------------------------------------------------------
 
     def saved_state(self):
-        """What a run keeps: the tensors that train, and all of a part that was not loaded from elsewhere."""
-        made = [name for name, source in (("siglip.", self.config.encoder), ("llm.", self.config.llm)) if not source]
+        """What a run keeps: the tensors that train, and all of a part not loaded from elsewhere."""
+        parts = ("siglip.", self.config.encoder), ("llm.", self.config.llm)
+        made = [name for name, source in parts if not source]
         trains = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
+        return {name: tensor.detach().cpu().contiguous()
+                for name, tensor in self.state_dict().items()
                 if name in trains or name.startswith(tuple(made)) and "lm_head" not in name}
 
     def save_pretrained(self, folder):
-        """Write config.json, model.safetensors and tokenizer/, each under a temporary name first."""
+        """Write config.json, model.safetensors and tokenizer/, each to a temporary name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.llm_tokenizer.save_pretrained(folder / "tokenizer")
         self.text_tokenizer.save_pretrained(folder / "tokenizer" / "text")
-        safe_save_file(self.saved_state(), folder / "model.safetensors.tmp", metadata={"format": "pt"})
+        safe_save_file(self.saved_state(), folder / "model.safetensors.tmp",
+                       metadata={"format": "pt"})
         os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
         draft = folder / "config.json.tmp"
         draft.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
@@ -358,23 +376,28 @@ class LoFi(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
-        """Read what save_pretrained wrote. Raises ModelError if the folder is not a run, or is damaged."""
+        """Read what save_pretrained wrote. Raises ModelError if it is not a run, or is damaged."""
         folder = Path(folder)
         config = read_config(folder)
-        tokenizers = [find_tokenizer(folder / "tokenizer" / "text"), find_tokenizer(folder / "tokenizer")]
+        tokenizers = [find_tokenizer(folder / "tokenizer" / "text"),
+                      find_tokenizer(folder / "tokenizer")]
         if None in tokenizers:
-            raise ModelError(f"{folder}/tokenizer: no tokenizer to be read there; the run is incomplete")
+            raise ModelError(f"{folder}/tokenizer: no tokenizer to be read there; "
+                             "the run is incomplete")
         model = cls(config, build_encoder(config), build_llm(config), *tokenizers)
         try:
             state = load_safetensors(str(folder / "model.safetensors"))
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{folder}/model.safetensors: cannot be read ({str(error).splitlines()[0]})")
+            raise ModelError(f"{folder}/model.safetensors: cannot be read "
+                             f"({str(error).splitlines()[0]})")
         wanted = model.saved_state()
         wrong = [name for name in wanted.keys() | state.keys()
-                 if name not in state or name not in wanted or state[name].shape != wanted[name].shape]
+                 if name not in state or name not in wanted
+                 or state[name].shape != wanted[name].shape]
         if wrong:
-            raise ModelError(f"{folder}/model.safetensors: {len(wrong)} tensors do not fit config.json, "
-                             f"{min(wrong)} for one; it is a checkpoint of another model")
+            raise ModelError(
+                f"{folder}/model.safetensors: {len(wrong)} tensors do not fit config.json, "
+                f"{min(wrong)} for one; it is a checkpoint of another model")
         model.load_state_dict(state, strict=False)
         return model.to(device).eval()
 

@@ -5,17 +5,19 @@
     python train.py --data PATH --init runs/NAME --objectives g        # fine-tune, Table 4
 
 You will see a bar with the four losses, then R@K both ways and the grounding row beside the phrase
-prior. The run folder holds config.json, model.safetensors, tokenizer/, trainer.pt, log.jsonl (a line a
-step) and metrics.json.
+prior. The run folder holds config.json, model.safetensors, tokenizer/, trainer.pt, log.jsonl (a
+line a step) and metrics.json.
 """
 
 import argparse
+import atexit
 import dataclasses
 import itertools
 import json
 import math
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import time
@@ -45,52 +47,61 @@ def parse_args():
     group = parser.add_argument_group("data and files")
     group.add_argument("--data", metavar="PATH", help="folder with manifest.jsonl, or that file "
                        "(default: phantom films, drawn into runs/phantom_data)")
-    group.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/NAME of the data); "
-                       "an older run there is moved aside, never overwritten")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    group.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/NAME of "
+                       "the data); an older run there is moved aside, never overwritten")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from the last checkpoint in --out")
     group.add_argument("--init", metavar="RUN", help="start from the weights of a run folder "
                        "(Table 4: FT w/ Ours), with its preset and tokenizers")
-    group.add_argument("--skip-bad-images", action="store_true", help="count and report unreadable images "
-                       "instead of stopping at the first")
+    group.add_argument("--skip-bad-images", action="store_true", help="count and report unreadable "
+                       "images instead of stopping at the first")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--preset", choices=PRESETS, help="paper: SigLIP 2 400M, Gemma 3 270M, LoRA; tiny: "
-                       "small towers from scratch (default: paper with --data, tiny without)")
+    group.add_argument("--preset", choices=PRESETS, help="paper: SigLIP 2 400M, Gemma 3 270M, "
+                       "LoRA; tiny: small towers from scratch (default: paper with --data, tiny "
+                       "without)")
     group.add_argument("--encoder", metavar="ID", help="SigLIP-family model id or folder (preset)")
     group.add_argument("--llm", metavar="ID", help="Gemma 3 text model id or folder (preset)")
-    group.add_argument("--random-init", action="store_true", help="the preset's sizes with random weights, "
-                       "nothing downloaded: to try memory and speed; --encoder or --llm, if given, is still loaded")
+    group.add_argument("--random-init", action="store_true", help="the preset's sizes with random "
+                       "weights, nothing downloaded: to try memory and speed; --encoder or --llm, "
+                       "if given, is still loaded")
 
     group = parser.add_argument_group("objective and schedule")
-    group.add_argument("--objectives", default="scgd", metavar="LETTERS", help="s sigmoid (Eq. 1), c captioning "
-                       "(Eq. 2), g grounding (Eq. 3), d dense captioning; Fig. 4 drops gd, then cgd; "
-                       "Table 4 fine-tunes with g (default: %(default)s)")
-    group.add_argument("--lambda", dest="lam", type=float, metavar="X", help="weight of the autoregressive loss "
-                       "(preset; paper: 5, Fig. 4e)")
-    group.add_argument("--epochs", type=int, metavar="N", help="passes over the training split (preset; paper: 10; tiny counts steps)")
-    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps, instead of --epochs (preset)")
-    group.add_argument("--batch-size", type=int, metavar="B", help="images a step (preset; paper: 16)")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: gradients are "
-                       "averaged over N batches of B images; the sigmoid loss stays within a batch (default: 1)")
-    group.add_argument("--lr", type=float, metavar="X", help="learning rate after warm-up, then cosine to 0 "
-                       "(preset; paper: 3e-4)")
-    group.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crop, brightness and contrast, "
-                       "boxes moved along; not in the paper (preset: off in paper, on in tiny but for the phantom)")
+    group.add_argument("--objectives", default="scgd", metavar="LETTERS", help="s sigmoid (Eq. 1), "
+                       "c captioning (Eq. 2), g grounding (Eq. 3), d dense captioning; Fig. 4 "
+                       "drops gd, then cgd; Table 4 fine-tunes with g (default: %(default)s)")
+    group.add_argument("--lambda", dest="lam", type=float, metavar="X", help="weight of the "
+                       "autoregressive loss (preset; paper: 5, Fig. 4e)")
+    group.add_argument("--epochs", type=int, metavar="N", help="passes over the training split "
+                       "(preset; paper: 10; tiny counts steps)")
+    group.add_argument("--steps", type=int, metavar="N",
+                       help="optimizer steps, instead of --epochs (preset)")
+    group.add_argument("--batch-size", type=int, metavar="B",
+                       help="images a step (preset; paper: 16)")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: "
+                       "gradients are averaged over N batches of B images; the sigmoid loss stays "
+                       "within a batch (default: 1)")
+    group.add_argument("--lr", type=float, metavar="X", help="learning rate after warm-up, then "
+                       "cosine to 0 (preset; paper: 3e-4)")
+    group.add_argument("--augment", type=float, metavar="X", help="strength of crop, brightness and "
+                       "contrast, boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of the "
+                       "film; not in the paper (preset: paper 0, tiny 1, on the phantom 0.4)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                       help="autocast type; auto: bf16, or fp16 with a gradient scaler on a GPU without bf16, or "
-                       "fp32 on a CPU (default: auto)")
-    group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: "
-                       "less memory, about a third slower")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that decode images (default: 1 if "
-                       "the preset keeps decoded films in memory, else 4)")
-    group.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints "
-                       "(default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and draws (default: %(default)s)")
-    group.add_argument("--dry-run", action="store_true", help="check the data, build the model, run one batch "
-                       "forward and backward, write nothing")
+                       help="autocast type; auto: bf16, or fp16 with a gradient scaler on a GPU "
+                       "without bf16, or fp32 on a CPU (default: auto)")
+    group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in "
+                       "the backward pass: less memory, about a third slower")
+    group.add_argument("--workers", type=int, metavar="N", help="processes that decode images "
+                       "(default: 1 if the preset keeps decoded films in memory, else 4)")
+    group.add_argument("--save-every", type=int, default=500, metavar="N",
+                       help="steps between checkpoints (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0,
+                       help="of weights, order and draws (default: %(default)s)")
+    group.add_argument("--dry-run", action="store_true", help="check the data, build the model, "
+                       "run one batch forward and backward, write nothing")
     return parser.parse_args()
 
 
@@ -106,15 +117,22 @@ def check_args(args):
         raise TrainError(f"--objectives {args.objectives!r}: wanted letters of s, c, g, d")
     for name in ("epochs", "steps", "batch_size", "accumulate", "save_every", "lr"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise TrainError(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted more than 0")
-    if (args.device or "").startswith("cuda") and not torch.cuda.is_available():
-        raise TrainError(f"--device {args.device}: this machine shows torch no CUDA GPU; use --device cpu")
+            raise TrainError(f"--{name.replace('_', '-')} {getattr(args, name)}: "
+                             "wanted more than 0")
+    try:
+        device = torch.device(args.device or "cpu")
+    except RuntimeError:
+        raise TrainError(f"--device {args.device}: wanted cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TrainError(f"--device {args.device}: torch sees no CUDA GPU here; use --device cpu")
     if args.resume and args.init:
-        raise TrainError("--resume goes on with a run and --init starts a new one: give one of them")
+        raise TrainError("--resume goes on with a run and --init starts a new one: "
+                         "give one of them")
 
 
 def batches(n_rows, batch_size, seed, first, last):
-    """Keys (epoch, i) of the batches first..last-1; each epoch is a new order, its short rest left out."""
+    """Keys (epoch, i) of the batches first..last-1; each epoch is a new order, its short rest left
+    out."""
     per_epoch = max(1, n_rows // batch_size)
     for number in range(first, last):
         epoch, place = divmod(number, per_epoch)
@@ -133,16 +151,19 @@ def choose_precision(name, device):
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16)
     return torch.float32
 
 
 def build_optimizer(model, config):
-    """AdamW; matrices decay, vectors and scalars do not; text tower, t' and b may have rates of their own."""
+    """AdamW; matrices decay, vectors and scalars do not; text tower, t' and b may have rates of
+    their own."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            rate = config.scale_lr if "logit_" in name else config.text_lr if "text_model" in name else 1.0
+            rate = (config.scale_lr if "logit_" in name else
+                    config.text_lr if "text_model" in name else 1.0)
             groups.setdefault((p.ndim >= 2, rate), []).append(p)
     return torch.optim.AdamW(
         [{"params": params, "weight_decay": config.weight_decay if decays else 0.0, "rate": rate}
@@ -151,32 +172,39 @@ def build_optimizer(model, config):
 
 def to_device(batch, device):
     """Tensors of a batch, moved without waiting (images stay uint8 until they are there)."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+            for k, v in batch.items()}
 
 
 def step_losses(model, batch, objectives, lam, precision):
-    """One forward pass -> L_t and [L_t, L_s, L_c, L_g, L_d] in the order of LOSSES; NaN: not drawn."""
+    """One forward pass -> L_t and [L_t, L_s, L_c, L_g, L_d] in the order of LOSSES; NaN: not
+    drawn."""
     device = batch["image"].device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         image_emb, text_emb, logits = model(batch)
     l_s, nll = torch.zeros((), device=device), torch.zeros(0, device=device)
     if text_emb is not None:
-        l_s = losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(), model.siglip.logit_bias)
+        l_s = losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
+                                  model.siglip.logit_bias)
     if logits is not None:
         row_of_target, _ = batch["is_target"].nonzero(as_tuple=True)
-        nll = losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row_of_target, len(batch["ids"]))
+        nll = losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row_of_target,
+                                        len(batch["ids"]))
     l_c = losses.captioning_loss(nll, batch["task_of_row"])
     l_g = losses.grounding_loss(nll, batch["task_of_row"])
     l_d = losses.dense_captioning_loss(nll, batch["task_of_row"])
     loss = losses.total_loss(l_s, nll, lam)
-    return loss, torch.stack([loss, l_s if "s" in objectives else l_c * torch.nan, l_c, l_g, l_d]).detach()
+    return loss, torch.stack([loss, l_s if "s" in objectives else l_c * torch.nan,
+                              l_c, l_g, l_d]).detach()
 
 
 def save_trainer(path, model, optimizer, scaler, step, settings):
-    """All that --resume needs, in one file that is whole or not there: weights that train, optimizer, RNG."""
+    """All that --resume needs, in one file that is whole or not there: weights that train,
+    optimizer, RNG."""
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"step": step, "settings": settings, "weights": weights, "optimizer": optimizer.state_dict(),
-             "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
+    state = {"step": step, "settings": settings, "weights": weights,
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+             "rng": torch.get_rng_state()}
     draft = path.with_name(path.name + ".tmp")
     torch.save(state, draft)
     os.replace(draft, path)
@@ -186,13 +214,13 @@ def load_trainer(path, model, optimizer, scaler, settings):
     """Restore what save_trainer wrote -> the step to go on from. Raises TrainError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise TrainError(f"{path}: no checkpoint to resume; start without --resume")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise TrainError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]}); start anew with another --out")
+        raise TrainError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]}); "
+                         "start anew with another --out")
     other = {k: v for k, v in state["settings"].items() if v != settings[k]}
     if other:
-        raise TrainError(f"{path}: was trained with {other}, now {({k: settings[k] for k in other})}; "
+        raise TrainError(f"{path}: was trained with {other}, "
+                         f"now {({k: settings[k] for k in other})}; "
                          "resume with the same flags, or start anew with another --out")
     model.load_state_dict(state["weights"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
@@ -219,7 +247,8 @@ def evaluate(model, rows, prior, batch_size=64):
         chunk = rows[start:start + batch_size]
         emb, patches = model.encode_image([row["path"] for row in chunk], with_patches=True)
         image_emb.append(emb)
-        queries = [(i, region) for i, row in enumerate(chunk) for region in row["regions"] if region["boxes"]]
+        queries = [(i, region) for i, row in enumerate(chunk)
+                   for region in row["regions"] if region["boxes"]]
         visual = model.visual_tokens(patches)
         for first in range(0, len(queries), 2 * batch_size):
             some = queries[first:first + 2 * batch_size]
@@ -227,16 +256,19 @@ def evaluate(model, rows, prior, batch_size=64):
             answers = model.generate(visual[[i for i, _ in some]], prompts, max_new_tokens=96)
             for (i, region), answer in zip(some, answers):
                 boxes, malformed = data.text_to_boxes(answer)
-                predictions.append({"image": chunk[i]["image"], "phrase": region["phrase"], "boxes": region["boxes"],
-                                    "pred": boxes, "raw": answer, "malformed": malformed})
+                predictions.append({"image": chunk[i]["image"], "phrase": region["phrase"],
+                                    "boxes": region["boxes"], "pred": boxes, "raw": answer,
+                                    "malformed": malformed})
     return {**retrieval(model, rows, torch.cat(image_emb)), **grounding(predictions, prior)}
 
 
 def retrieval(model, rows, image_emb, batch_size=256):
     """Table 1: R@K image-to-text and text-to-image -> {"i2t": .., "t2i": ..}."""
-    first_of_study = {row["study"]: i for i, row in reversed(list(enumerate(rows))) if row["report"]}
+    first_of_study = {row["study"]: i for i, row in reversed(list(enumerate(rows)))
+                      if row["report"]}
     images = sorted(first_of_study.values())
-    texts = [(n, text) for n, i in enumerate(images) for text in data.sub_reports(rows[i]["report"])]
+    texts = [(n, text) for n, i in enumerate(images)
+             for text in data.sub_reports(rows[i]["report"])]
     if not texts:
         return {}
     owner = np.array([n for n, _ in texts])
@@ -253,7 +285,8 @@ def grounding(predictions, prior):
     if not predictions:
         return {}
     by_prior = [{**p, "pred": prior(p["phrase"]), "malformed": False} for p in predictions]
-    return {"grounding": metrics.grounding_metrics(predictions), "prior": metrics.grounding_metrics(by_prior)}
+    return {"grounding": metrics.grounding_metrics(predictions),
+            "prior": metrics.grounding_metrics(by_prior)}
 
 
 def print_results(results):
@@ -265,11 +298,13 @@ def print_results(results):
             print(f"{name:16}" + "".join(f"{100 * v:8.2f}" for v in results[key].values()))
     if "grounding" in results:
         print(f"\ngrounding of {results['grounding']['n_queries']} test phrases, %")
-        print(metrics.format_table({"LoFi": results, "phrase prior": {"grounding": results["prior"]}}))
+        print(metrics.format_table({"LoFi": results,
+                                    "phrase prior": {"grounding": results["prior"]}}))
 
 
 def evaluate_run(model, path):
-    """evaluate() on the test split of a manifest, if it has one, with the prior of the training split."""
+    """evaluate() on the test split of a manifest, if it has one, with the prior of the training
+    split."""
     rows = data.read_manifest(path)
     test = [row for row in rows if row["split"] == "test"]
     if not test:
@@ -290,52 +325,71 @@ def write_json(path, value):
 # ---- data and run folder ------------------------------------------------------------------------
 
 def find_data(args):
-    """The manifest's folder: --data, or the phantom, drawn on first use (a dry run throws its own away)."""
+    """The manifest's folder: --data, or the phantom, drawn on first use (a dry run throws its own
+    away)."""
     if args.data:
         return args.data
     if args.dry_run:
-        return data.make_phantom(Path(tempfile.mkdtemp()) / "phantom", {"train": 64, "test": 8})
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return data.make_phantom(folder / "phantom", {"train": 64, "test": 8})
     folder = Path("runs/phantom_data")
     return folder if (folder / "manifest.jsonl").exists() else data.make_phantom(folder)
 
 
 def training_rows(path, objectives):
-    """Rows of the training split that the objectives can use; what is left out is counted and printed."""
+    """Rows of the training split that the objectives can use; what is left out is counted and
+    printed."""
     rows = data.read_manifest(path, "train")
     has_text = lambda row: "s" in objectives and (row["report"] or row["regions"])
     usable = [row for row in rows if has_text(row) or data.possible_tasks(row, objectives)]
     if len(usable) < len(rows):
-        print(f"left out {len(rows) - len(usable)} of {len(rows)} training images: no text or box for "
-              f"--objectives {objectives}")
+        print(f"left out {len(rows) - len(usable)} of {len(rows)} training images: "
+              f"no text or box for --objectives {objectives}")
     if not usable:
         raise TrainError(f"{path}: no training image has what --objectives {objectives} needs")
     return usable
 
 
+def run_folder(args):
+    """--out, or runs/NAME of the data. Raises TrainError if there is nothing to --resume in it."""
+    name = "phantom"
+    if args.data:
+        path = Path(args.data).resolve()
+        name = path.name if path.is_dir() else path.parent.name
+    out = Path(args.out or f"runs/{name}")
+    if args.resume and not (out / "trainer.pt").exists():
+        raise TrainError(f"{out}/trainer.pt: no checkpoint to resume; start without --resume")
+    return out
+
+
 def move_aside(folder):
     """Make way for a new run: an older folder of that name becomes NAME.1, NAME.2, ..."""
     if folder.exists():
-        aside = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
+        aside = next(p for n in itertools.count(1)
+                     if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
         folder.rename(aside)
         print(f"moved the older {folder} to {aside}")
     folder.mkdir(parents=True)
 
 
 def keep_log(path, step):
-    """Open log.jsonl to append, without the lines that an interrupted run wrote after its checkpoint."""
+    """Open log.jsonl to append, without the lines that an interrupted run wrote after its
+    checkpoint."""
     lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
     path.write_text("".join(lines))
     return open(path, "a")
 
 
 def build_model(args, out, rows):
-    """The model to train: of the preset, or of --init or --resume; its config changed by the flags."""
+    """The model to train: of the preset, or of --init or --resume; its config changed by the
+    flags."""
     names = ("lam", "epochs", "steps", "batch_size", "lr", "augment")
     changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.epochs and not args.steps:
         changed["steps"] = None
     if not args.data and args.augment is None:
-        changed["augment"] = False                             # the phantom has variety enough
+        changed["augment"] = 0.4                               # the phantom has its own variety
     if start := out if args.resume else args.init:
         model = LoFi.from_pretrained(start)
         if args.preset not in (None, model.config.preset):
@@ -355,9 +409,11 @@ def print_sizes(model):
                                     if name.startswith(prefix) and ("lora_" in name) == lora)
     counts = {"LoRA of the encoders": part("siglip.", True), "LoRA of the LLM": part("llm.", True),
               "attention pooling and projection": part("pooling.", False),
-              "encoders with t' and b" if not model.config.lora_rank else "t' and b": part("siglip.", False),
+              "encoders with t' and b" if not model.config.lora_rank else "t' and b":
+                  part("siglip.", False),
               "LLM": part("llm.", False)}
-    print(f"trains {sum(trains.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters: "
+    print(f"trains {sum(trains.values()):,} of {sum(p.numel() for p in model.parameters()):,} "
+          "parameters: "
           + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n))
 
 
@@ -369,7 +425,7 @@ def main():
     torch.manual_seed(args.seed)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = choose_precision(args.precision, device)
-    out = Path(args.out or f"runs/{Path(args.data).resolve().stem if args.data else 'phantom'}")
+    out = run_folder(args)
 
     # data and model
     path = find_data(args)
@@ -379,29 +435,34 @@ def main():
     print_sizes(model)
     if args.grad_checkpoint:
         for part in (model.siglip, model.llm):
-            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            part.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False})
 
     # optimizer and checkpoint
     batch_size = min(config.batch_size, len(rows))
     steps = config.steps or max(1, config.epochs * (len(rows) // batch_size) // args.accumulate)
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    settings = {"data": str(Path(path).resolve()), "objectives": args.objectives, "lambda": config.lam, "lr": config.lr,
-                "steps": steps, "batch-size": batch_size, "accumulate": args.accumulate, "seed": args.seed,
-                "augment": config.augment}
-    first = load_trainer(out / "trainer.pt", model, optimizer, scaler, settings) if args.resume else 0
+    settings = {"data": str(Path(path).resolve()), "objectives": args.objectives,
+                "lambda": config.lam, "lr": config.lr, "steps": steps, "batch-size": batch_size,
+                "accumulate": args.accumulate, "seed": args.seed, "augment": config.augment}
+    first = (load_trainer(out / "trainer.pt", model, optimizer, scaler, settings)
+             if args.resume else 0)
 
     # batches
-    dataset = data.ChestXrays(rows, model.image_size, args.objectives, config.n_regions, config.augment,
-                              config.cache, args.skip_bad_images, args.seed)
-    collate = data.Collate(model.text_tokenizer if "s" in args.objectives else None, model.text_length,
-                           model.llm_tokenizer, config.max_target)
+    dataset = data.ChestXrays(rows, model.image_size, args.objectives, config.n_regions,
+                              config.augment, config.cache, args.skip_bad_images, args.seed)
+    collate = data.Collate(model.text_tokenizer if "s" in args.objectives else None,
+                           model.text_length, model.llm_tokenizer, config.max_target)
     workers = args.workers if args.workers is not None else 1 if config.cache else 4
-    keys = batches(len(rows), batch_size, args.seed, first * args.accumulate, steps * args.accumulate)
-    loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
-                                              pin_memory=device.type == "cuda"))
-    print(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, objectives "
-          f"{args.objectives}, on {device.type} in {str(precision).removeprefix('torch.')}")
+    keys = batches(len(rows), batch_size, args.seed, first * args.accumulate,
+                   steps * args.accumulate)
+    loader = iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
+        pin_memory=device.type == "cuda"))
+    print(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
+          f"objectives {args.objectives}, on {device.type} in "
+          f"{str(precision).removeprefix('torch.')}")
     if args.dry_run:
         steps = first + 1
     elif not args.resume:
@@ -422,10 +483,12 @@ def main():
             scaler.scale(loss / args.accumulate).backward()
             parts.append(named)
         if not parts:
-            raise TrainError(f"step {step + 1}: no image of the batch could be read; the last: {bad[-1]}")
+            raise TrainError(f"step {step + 1}: no image of the batch could be read; "
+                             f"the last: {bad[-1]}")
         values = torch.stack(parts).nanmean(0).tolist()
         if not math.isfinite(values[0]):
-            raise TrainError(f"step {step + 1}: the loss is {values[0]}; lower --lr, or resume from the last checkpoint")
+            raise TrainError(f"step {step + 1}: the loss is {values[0]}; lower --lr, "
+                             "or resume from the last checkpoint")
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate(step, steps, config)
         scaler.unscale_(optimizer)
@@ -436,20 +499,23 @@ def main():
 
         values = {name: None if math.isnan(v) else round(v, 6) for name, v in zip(LOSSES, values)}
         rate = args.accumulate * batch_size / (time.time() - start)
-        line = {"step": step + 1, "lr": learning_rate(step, steps, config), **values, "samples_per_s": round(rate, 2)}
+        line = {"step": step + 1, "lr": learning_rate(step, steps, config), **values,
+                "samples_per_s": round(rate, 2)}
         log.write(json.dumps(line) + "\n")
-        bar.set_postfix({name: f"{v:.2f}" for name, v in values.items() if v is not None}, refresh=False)
+        bar.set_postfix({name: f"{v:.2f}" for name, v in values.items() if v is not None},
+                        refresh=False)
         if (step + 1) % args.save_every == 0 and not args.dry_run and step + 1 < steps:
             log.flush()
             model.save_pretrained(out)
             save_trainer(out / "trainer.pt", model, optimizer, scaler, step + 1, settings)
     log.close()
     if bad:
-        print(f"{len(bad)} times an image could not be read and was left out, {len(set(bad))} different ones:")
+        print(f"{len(bad)} times an image could not be read and was left out, "
+              f"{len(set(bad))} different ones:")
         print("\n".join(sorted(set(bad))[:10]))
     if args.dry_run:
-        print(f"dry run: one step of {batch_size} images, loss {values['loss']:.3f}, every row of the data is "
-              "well formed; nothing written")
+        print(f"dry run: one step of {batch_size} images, loss {values['loss']:.3f}, every row of "
+              "the data is well formed; nothing written")
         return
     model.save_pretrained(out)
     save_trainer(out / "trainer.pt", model, optimizer, scaler, steps, settings)
@@ -470,6 +536,8 @@ if __name__ == "__main__":
     try:
         main()
     except (TrainError, ModelError, data.DataError, OSError) as error:
-        sys.exit("train.py: " + str(error).strip().splitlines()[-1].removeprefix("data.DataError: "))
+        message = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+        sys.exit("train.py: " + message)
     except torch.OutOfMemoryError:
-        sys.exit("train.py: out of GPU memory; lower --batch-size (and raise --accumulate), or add --grad-checkpoint")
+        sys.exit("train.py: out of GPU memory; lower --batch-size (and raise --accumulate), "
+                 "or add --grad-checkpoint")

@@ -1,4 +1,5 @@
-"""What the tests share: a small phantom, and a LoFi of a few thousand weights with LoRA as in the paper."""
+"""What the tests share: a small phantom, and a LoFi of a few thousand weights with LoRA as in the
+paper."""
 
 import dataclasses
 import os
@@ -19,17 +20,18 @@ from model import TINY, LoFi                           # noqa: E402
 TOWER = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2)
 SMALL = dataclasses.replace(                           # TINY's kind, with the LoRA of the paper
     TINY, n_queries=4, lora_rank=16, llm_lora_rank=4, max_target=64,
-    vision=dict(TOWER, image_size=32, patch_size=8), text=dict(TOWER, max_position_embeddings=32, projection_size=32),
-    decoder=dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, head_dim=16,
-                 num_key_value_heads=1, query_pre_attn_scalar=16, initializer_range=0.2, sliding_window=64,
-                 max_position_embeddings=512))
+    vision=dict(TOWER, image_size=32, patch_size=8),
+    text=dict(TOWER, max_position_embeddings=32, projection_size=32),
+    decoder=dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                 head_dim=16, num_key_value_heads=1, query_pre_attn_scalar=16,
+                 initializer_range=0.2, sliding_window=64, max_position_embeddings=512))
 
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory):
     """A phantom of 40 training and 12 test films."""
-    return data.make_phantom(tmp_path_factory.mktemp("data") / "phantom", {"train": 40, "val": 2, "test": 12},
-                             quiet=True)
+    return data.make_phantom(tmp_path_factory.mktemp("data") / "phantom",
+                             {"train": 40, "val": 2, "test": 12}, quiet=True)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +60,8 @@ def batch(model, rows):
 
 def run(*command, cwd=ROOT, ok=True):
     """Run a script of ours as a user would -> stdout; or, ok=False, its one error line."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd,
+                          capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
     if ok:
         assert done.returncode == 0, done.stderr[-3000:]

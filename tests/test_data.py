@@ -29,7 +29,8 @@ def write(folder, *rows, image=True):
 # ---- boxes as text -------------------------------------------------------------------------------
 
 def test_boxes_round_trip():
-    """Guards: a lost axis order, a rounding that empties a box, an order that depends on the input's."""
+    """Guards: a lost axis order, a rounding that empties a box, an order that depends on the
+    input's."""
     rng = np.random.default_rng(0)
     for _ in range(500):
         low = rng.uniform(0, 0.999, (rng.integers(0, 4), 2))
@@ -43,14 +44,16 @@ def test_boxes_round_trip():
 
 def test_box_text_is_what_the_model_learns():
     """Guards: y before x, floats, another scale."""
-    assert data.boxes_to_text([[0.5, 0.25, 1, 0.75], [0.1, 0.2, 0.3, 0.4]]) == "100 200 300 400; 500 250 1000 750"
+    text = data.boxes_to_text([[0.5, 0.25, 1, 0.75], [0.1, 0.2, 0.3, 0.4]])
+    assert text == "100 200 300 400; 500 250 1000 750"
     assert data.boxes_to_text([]) == "none"
     assert data.boxes_to_text([[1 - 1e-9, 0, 1, 1e-9]]) == "999 0 1000 1"
 
 
 @pytest.mark.parametrize("text", [
-    "", "1 2 3", "1 2 3 4 5", "300 0 100 50", "0 0 1001 5", "a b c d", "1,2,3,4", "-1 2 3 4", "1 2 3 4;", "nan 0 1 2",
-    "١ ٢ ٣ ٤", "1 2 3 4; none", "10 10 10 20", "99999999999999999999 0 1 1"])
+    "", "1 2 3", "1 2 3 4 5", "300 0 100 50", "0 0 1001 5", "a b c d", "1,2,3,4", "-1 2 3 4",
+    "1 2 3 4;", "nan 0 1 2", "١ ٢ ٣ ٤", "1 2 3 4; none", "10 10 10 20",
+    "99999999999999999999 0 1 1"])
 def test_malformed_box_text_gives_no_boxes_and_says_so(text):
     """Guards: an exception, or half an answer, from what a language model may write."""
     assert data.text_to_boxes(text) == ([], True)
@@ -65,18 +68,22 @@ def test_no_boxes_is_an_answer():
 
 def test_manifest_is_read_by_folder_and_by_file(tmp_path):
     """Guards: paths relative to the working directory; a byte order mark or a null in the way."""
-    folder = write(tmp_path / "d", "\ufeff" + json.dumps(ROW), "", {**ROW, "split": "test", "report": None, "regions": None})
+    folder = write(tmp_path / "d", "\ufeff" + json.dumps(ROW), "",
+                   {**ROW, "split": "test", "report": None, "regions": None})
     for path in (folder, folder / "manifest.jsonl"):
         rows = data.read_manifest(path)
         assert [row["split"] for row in rows] == ["train", "test"]
-        assert rows[0]["path"] == str(folder / "a.png") and rows[1]["regions"] == [] and rows[1]["report"] == ""
+        assert rows[0]["path"] == str(folder / "a.png")
+        assert rows[1]["regions"] == [] and rows[1]["report"] == ""
     assert len(data.read_manifest(folder, "test")) == 1
 
 
-WRONG = [({"split": "validation"}, "wanted one of train, val, test"), ({"image": "b.png"}, "does not exist"),
-         ({"study": 5}, "'study' is 5"), ({"report": 7}, "'report' is 7"), ({"regions": {}}, "'regions'")]
-WRONG_BOXES = [([10, 20, 300, 400], "pixels"), ([0.5, 0.1, 0.2, 0.3], "corners are wanted"), ([0, 0, 1.2, 1], "leaves"),
-               ([0.1, 0.1, float("nan"), 0.2], "not finite"), ([0.1, 0.2, 0.3], "4 numbers"), (["0", 0, 1, 1], "4 numbers")]
+WRONG = [({"split": "validation"}, "wanted one of train, val, test"),
+         ({"image": "b.png"}, "does not exist"), ({"study": 5}, "'study' is 5"),
+         ({"report": 7}, "'report' is 7"), ({"regions": {}}, "'regions'")]
+WRONG_BOXES = [([10, 20, 300, 400], "pixels"), ([0.5, 0.1, 0.2, 0.3], "corners are wanted"),
+               ([0, 0, 1.2, 1], "leaves"), ([0.1, 0.1, float("nan"), 0.2], "not finite"),
+               ([0.1, 0.2, 0.3], "4 numbers"), (["0", 0, 1, 1], "4 numbers")]
 WRONG += [({"regions": [{"phrase": "x", "boxes": [box]}]}, words) for box, words in WRONG_BOXES]
 WRONG += [({"regions": [{"phrase": "", "boxes": []}]}, "phrase")]
 
@@ -96,7 +103,8 @@ def test_what_is_no_manifest_is_said(tmp_path):
     for make, words in ((lambda: tmp_path / "none", "no such file"),
                         (lambda: write(tmp_path / "a", "{broken"), "not JSON"),
                         (lambda: write(tmp_path / "b", "[1]"), "wanted a JSON object"),
-                        (lambda: write(tmp_path / "c", {**ROW, "split": "test"}), "no rows with split 'train'")):
+                        (lambda: write(tmp_path / "c", {**ROW, "split": "test"}),
+                         "no rows with split 'train'")):
         with pytest.raises(data.DataError, match=words):
             data.read_manifest(make(), "train")
 
@@ -117,8 +125,8 @@ def test_check_command_reports_all_problems_and_draws(tmp_path):
 def error_text(folder, png):
     import subprocess
     import sys
-    done = subprocess.run([sys.executable, "data.py", "check", str(folder), "--png", str(png)], capture_output=True,
-                          text=True, cwd=data.Path(data.__file__).parent)
+    done = subprocess.run([sys.executable, "data.py", "check", str(folder), "--png", str(png)],
+                          capture_output=True, text=True, cwd=data.Path(data.__file__).parent)
     return done.stdout + done.stderr
 
 
@@ -140,13 +148,15 @@ def test_every_mode_becomes_the_same_film(tmp_path, mode):
     image.save(path)
     film = np.asarray(data.load_image(path, 32), float) / 255
     assert film.shape == (32, 32)
-    wanted = np.asarray(Image.fromarray(RAMP.astype(np.float32)).resize((32, 32), Image.Resampling.BILINEAR))
+    wanted = np.asarray(Image.fromarray(RAMP.astype(np.float32))
+                        .resize((32, 32), Image.Resampling.BILINEAR))
     tolerance = 0.35 if mode == "1" else 0.03          # one bit is dithered
     assert abs(film - wanted).max() < tolerance
 
 
 def test_narrow_and_constant_films(tmp_path):
-    """Guards: a grey film that uses 30 of 256 levels left flat; a division by zero on a blank one."""
+    """Guards: a grey film that uses 30 of 256 levels left flat; a division by zero on a blank
+    one."""
     Image.fromarray((RAMP * 30 + 100).astype(np.uint8)).save(tmp_path / "narrow.png")
     film = np.asarray(data.load_image(tmp_path / "narrow.png"))
     assert film.min() == 0 and film.max() == 255
@@ -163,8 +173,10 @@ def test_transparent_is_black(tmp_path):
 
 
 def test_unreadable_images_name_their_path(tmp_path):
-    """Guards: a truncated JPEG read as a half-grey film; a traceback; a bomb that fills the memory."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200), np.uint8)).save(tmp_path / "a.jpg")
+    """Guards: a truncated JPEG read as a half-grey film; a traceback; a bomb that fills the
+    memory."""
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
     whole = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "b.png").write_bytes(b"")
@@ -186,10 +198,12 @@ def test_augment_moves_the_boxes_with_the_film():
     """Guards: boxes left behind by the crop, or mirrored."""
     rng = np.random.default_rng(0)
     pixels = np.zeros((200, 200), np.uint8)
-    pixels[60:120, 30:80] = 255                        # a bright patch, its box in the manifest's format
+    pixels[60:120, 30:80] = 255           # a bright patch, its box in the manifest's format
     kept = 0
     for _ in range(50):
-        film, regions = data.augment(Image.fromarray(pixels), [{"phrase": "x", "boxes": [[.15, .3, .4, .6]]}], 100, rng)
+        film, regions = data.augment(Image.fromarray(pixels),
+                                     [{"phrase": "x", "boxes": [[.15, .3, .4, .6]]}], 100, 1.0,
+                                     rng)
         for region in regions:
             kept += 1
             y, x = np.nonzero(film > (int(film.min()) + int(film.max())) / 2)
@@ -197,7 +211,7 @@ def test_augment_moves_the_boxes_with_the_film():
             assert abs(seen - region["boxes"][0]).max() < 0.025
     assert kept > 30
     far = [{"phrase": "x", "boxes": [[0, 0, .1, .1]]}]
-    assert any(not data.augment(Image.fromarray(pixels), far, 100, rng)[1] for _ in range(50))
+    assert any(not data.augment(Image.fromarray(pixels), far, 100, 1.0, rng)[1] for _ in range(50))
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -239,17 +253,20 @@ def test_tasks_are_drawn_as_the_paper_says():
 def test_location_aware_rows_swap_prompt_and_target():
     """Guards: Eq. 3 and its dense captioning twin given the same target."""
     region = ROW["regions"][0]
-    assert data.location_aware_row("g", region) == ("g", "Detect all instances of: The heart.", "300 500 700 800")
-    assert data.location_aware_row("d", region) == ("d", "Describe the regions: 300 500 700 800", "The heart.")
+    assert data.location_aware_row("g", region) == (
+        "g", "Detect all instances of: The heart.", "300 500 700 800")
+    assert data.location_aware_row("d", region) == (
+        "d", "Describe the regions: 300 500 700 800", "The heart.")
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(rows):
     """Guards: draws that change with the order of access, so with the number of workers."""
-    one, two = (data.ChestXrays(rows, 32, augmented=True, n_regions=2) for _ in range(2))
+    one, two = (data.ChestXrays(rows, 32, augmented=1.0, n_regions=2) for _ in range(2))
     first = [one[(3, i)] for i in (0, 1, 2)]
     again = [two[(3, i)] for i in (2, 1, 0)][::-1]
     for a, b in zip(first, again):
-        assert torch.equal(a["image"], b["image"]) and a["text"] == b["text"] and a["tasks"] == b["tasks"]
+        assert torch.equal(a["image"], b["image"])
+        assert a["text"] == b["text"] and a["tasks"] == b["tasks"]
     assert not torch.equal(one[(4, 0)]["image"], first[0]["image"])
 
 
@@ -261,23 +278,28 @@ def test_special_tokens_in_a_report_are_plain_text(model):
 
 
 def test_text_ids_are_as_siglip_wants_them(model):
-    """Guards: left padding, upper case, a lost <eos> when cut, a <bos> (SigLIP pools the last place)."""
+    """Guards: left padding, upper case, a lost <eos> when cut, a <bos> (SigLIP pools the last
+    place)."""
     tokenizer = model.text_tokenizer
     ids = data.text_ids(tokenizer, ["Large Nodule.", "word " * 100], 16)
-    assert ids.shape == (2, 16) and ids[0, -1] == tokenizer.pad_token_id and ids[1, -1] == tokenizer.eos_token_id
+    assert ids.shape == (2, 16)
+    assert ids[0, -1] == tokenizer.pad_token_id and ids[1, -1] == tokenizer.eos_token_id
     assert torch.equal(ids[0], data.text_ids(tokenizer, ["large nodule."], 16)[0])
-    assert (ids == tokenizer.eos_token_id).sum(1).tolist() == [1, 1] and tokenizer.bos_token_id not in ids
+    assert (ids == tokenizer.eos_token_id).sum(1).tolist() == [1, 1]
+    assert tokenizer.bos_token_id not in ids
 
 
 def test_collate_places_prompt_target_and_eos(model, batch):
     """Guards: targets that cover the prompt or the padding; rows tied to the wrong image."""
     tokenizer = model.llm_tokenizer
-    for ids, is_target, image, task in zip(batch["ids"], batch["is_target"], batch["image_of_row"], batch["task_of_row"]):
+    for ids, is_target, image, task in zip(batch["ids"], batch["is_target"],
+                                           batch["image_of_row"], batch["task_of_row"]):
         first, last = is_target.nonzero().flatten()[[0, -1]].tolist()
         assert is_target[first:last + 1].all() and ids[last] == tokenizer.eos_token_id
         assert (ids[last + 1:] == tokenizer.pad_token_id).all()
         prompt, target = tokenizer.decode(ids[:first]), tokenizer.decode(ids[first:last])
-        start = (data.CAPTIONING_PROMPT, data.GROUNDING_PROMPT, data.DENSE_CAPTIONING_PROMPT)[task].split("{")[0]
+        prompts = (data.CAPTIONING_PROMPT, data.GROUNDING_PROMPT, data.DENSE_CAPTIONING_PROMPT)
+        start = prompts[task].split("{")[0]
         assert prompt.startswith(start) and prompt.endswith("\n")
         assert data.text_to_boxes(target)[1] == (task != 1)
     assert batch["image_of_row"].max() < len(batch["image"])
@@ -310,14 +332,16 @@ def test_phantom_is_rich_and_its_phrase_prior_low(tmp_path):
     assert len(reports) > 0.9 * len(test)
     prior = metrics.phrase_prior(train)
     regions = [region for row in test for region in row["regions"]]
-    score = metrics.precision_recall_f1([prior(r["phrase"]) for r in regions], [r["boxes"] for r in regions])
+    score = metrics.precision_recall_f1([prior(r["phrase"]) for r in regions],
+                                        [r["boxes"] for r in regions])
     assert len(regions) >= 300 and score["F@0.5"] <= 0.25
     for row in test:
         assert all(region["phrase"] in row["report"] for region in row["regions"])
 
 
 def test_phantom_findings_are_where_their_boxes_say():
-    """Guards: a box that misses its finding, sides swapped (the patient's left is the picture's right)."""
+    """Guards: a box that misses its finding, sides swapped (the patient's left is the picture's
+    right)."""
     for kind, sign in (("draw_nodule", 1), ("draw_pacemaker", 1), ("draw_pneumothorax", -1)):
         for side in ("left", "right"):
             film = data.Film(np.random.default_rng(3), 160)
@@ -328,8 +352,10 @@ def test_phantom_findings_are_where_their_boxes_say():
             box = film.box(outlines[0])
             cx = (box[0] + box[2]) / 2
             assert (cx > film.centre[0]) == (side == "left")
-            inside = (x / 160 > box[0] - .02) & (x / 160 < box[2] + .02) & (y / 160 > box[1] - .02) & (y / 160 < box[3] + .02)
-            assert inside.mean() > (0.6 if kind == "draw_pacemaker" else 0.95)      # the lead leaves the box
+            inside = ((x / 160 > box[0] - .02) & (x / 160 < box[2] + .02)
+                      & (y / 160 > box[1] - .02) & (y / 160 < box[3] + .02))
+            least = 0.6 if kind == "draw_pacemaker" else 0.95       # the lead leaves the box
+            assert inside.mean() > least
 
 
 def test_phantom_command_refuses_to_overwrite(tmp_path):

@@ -41,16 +41,18 @@ def test_sigmoid_loss_at_siglips_start():
     """Guards: a changed scale; B = 16, all cosines 0, t = 10, b = -10 is 10.0007 by hand."""
     zero = torch.zeros(16, 4)
     value = losses.sigmoid_loss(zero, zero, torch.tensor(10.0), torch.tensor(-10.0)).item()
-    assert value == pytest.approx(math.log1p(math.exp(10)) + 15 * math.log1p(math.exp(-10)), abs=1e-4)
+    by_hand = math.log1p(math.exp(10)) + 15 * math.log1p(math.exp(-10))
+    assert value == pytest.approx(by_hand, abs=1e-4)
     assert value == pytest.approx(10.0007, abs=1e-3)
 
 
 def test_autoregressive_losses_are_gemmas_labels_loss():
-    """Guards: targets off by one, prompt tokens in the loss, a mean over tokens of all rows together."""
+    """Guards: targets off by one, prompt tokens in the loss, a mean over tokens of all rows
+    together."""
     torch.manual_seed(0)
     llm = Gemma3ForCausalLM(Gemma3TextConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
-        num_key_value_heads=1, sliding_window=16)).double()
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, head_dim=16, num_key_value_heads=1, sliding_window=16)).double()
     prompts, targets = (3, 5, 2, 4), (6, 2, 9, 1)              # lengths; L is the longest row
     task = torch.tensor([0, 1, 2, 1])
     ids = torch.randint(3, 50, (4, 11))
@@ -81,12 +83,14 @@ def test_autoregressive_nll_by_double_loop():
     for r in range(4):
         tokens = [n for n in range(6) if row[n] == r]
         for n in tokens:
-            expected[r] = expected[r] - torch.log(logits[n].exp()[targets[n]] / logits[n].exp().sum()) / len(tokens)
+            p = logits[n].exp()[targets[n]] / logits[n].exp().sum()
+            expected[r] = expected[r] - torch.log(p) / len(tokens)
     nll = losses.autoregressive_nll(logits, targets, row, 4)   # row 3 has no target: 0, not NaN
     assert torch.allclose(nll, expected)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
     ours = torch.autograd.grad((nll * weight).sum(), logits, retain_graph=True)[0]
-    assert torch.allclose(ours, torch.autograd.grad((expected * weight).sum(), logits)[0], atol=1e-6)
+    wanted = torch.autograd.grad((expected * weight).sum(), logits)[0]
+    assert torch.allclose(ours, wanted, atol=1e-6)
 
 
 def test_a_task_that_was_not_drawn_is_nan_and_leaves_the_total_alone():

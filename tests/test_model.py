@@ -30,22 +30,27 @@ def fill_lora(model):
 def all_losses(model, batch):
     image_emb, text_emb, logits = model(batch)
     row, _ = batch["is_target"].nonzero(as_tuple=True)
-    nll = losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row, len(batch["ids"]))
-    return losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(), model.siglip.logit_bias), nll
+    nll = losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row,
+                                    len(batch["ids"]))
+    return losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
+                               model.siglip.logit_bias), nll
 
 
 def test_paper_sizes():
-    """Guards: LoRA on the pooling head or the MLPs, another rank, another architecture than the checkpoints'."""
+    """Guards: LoRA on the pooling head or the MLPs, another rank, another architecture than the
+    checkpoints'."""
     with torch.device("meta"):
-        siglip, llm = SiglipModel(SiglipConfig(vision_config=PAPER.vision, text_config=PAPER.text)), build_llm(
-            dataclasses.replace(PAPER, llm=None))
+        siglip = SiglipModel(SiglipConfig(vision_config=PAPER.vision, text_config=PAPER.text))
+        llm = build_llm(dataclasses.replace(PAPER, llm=None))
         assert sum(p.numel() for p in siglip.parameters()) == 1_136_555_698
         assert sum(p.numel() for p in llm.parameters()) == 268_098_176
-        assert [i for i, kind in enumerate(llm.config.layer_types) if kind == "full_attention"] == [5, 11, 17]
+        full = [i for i, kind in enumerate(llm.config.layer_types) if kind == "full_attention"]
+        assert full == [5, 11, 17]
         model = LoFi(PAPER, siglip, llm, None, None)
     count = lambda part: sum(p.numel() for p in lora(part).values())
     assert count(model.siglip) == 7_962_624 and count(model.llm) == 184_320
-    assert model.pooling.queries.shape == (64, 1152) and model.pooling.projection.out_features == 640
+    assert model.pooling.queries.shape == (64, 1152)
+    assert model.pooling.projection.out_features == 640
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     rest = {n for n in trains if "lora_" not in n and not n.startswith("pooling.")}
     assert {n.split(".")[-1] for n in rest} == {"logit_scale", "logit_bias"}
@@ -64,14 +69,16 @@ def test_lora_changes_nothing_at_the_start(rows):
 
 
 def test_gradients_are_exactly_where_they_should_be(model, batch):
-    """Guards: a frozen tower that trains, a trainable tensor that no loss reaches, a loss that leaks."""
+    """Guards: a frozen tower that trains, a trainable tensor that no loss reaches, a loss that
+    leaks."""
     fill_lora(model).train()
     l_s, nll = all_losses(model, batch)
     everything = touched(model, losses.total_loss(l_s, nll))
     assert everything == {n for n, p in model.named_parameters() if p.requires_grad}
     contrastive = touched(model, l_s)
     assert not {n for n in contrastive if n.startswith(("llm.", "pooling."))}
-    assert {"siglip.base_model.model.logit_scale", "siglip.base_model.model.logit_bias"} <= contrastive
+    assert {"siglip.base_model.model.logit_scale",
+            "siglip.base_model.model.logit_bias"} <= contrastive
     generative = touched(model, nll.mean())
     assert not {n for n in generative if "text_model" in n or "logit" in n}
     assert {n for n in lora(model) if "vision_model" in n} <= generative
@@ -85,7 +92,8 @@ def touched(model, loss):
 
 
 def test_target_logits_are_gemmas(model, batch):
-    """Guards: logits one place off, a missing <bos>, visual tokens scaled by sqrt(H), padding that is seen.
+    """Guards: logits one place off, a missing <bos>, visual tokens scaled by sqrt(H), padding that
+    is seen.
 
     Oracle: Gemma3ForCausalLM(labels=...) on each row alone, its embeddings laid out by hand."""
     fill_lora(model)
@@ -99,7 +107,8 @@ def test_target_logits_are_gemmas(model, batch):
         labels[0, 1 + SMALL.n_queries:][is_target[:end]] = ids[:end][is_target[:end]]
         embeds = torch.cat([table(torch.tensor([[model.llm_tokenizer.bos_token_id]])),
                             visual[batch["image_of_row"][r]][None], table(ids[None, :end])], 1)
-        assert torch.allclose(model.llm(inputs_embeds=embeds, labels=labels).loss, nll[r], atol=1e-4)
+        loss = model.llm(inputs_embeds=embeds, labels=labels).loss
+        assert torch.allclose(loss, nll[r], atol=1e-4)
 
 
 def test_images_are_normalised_once(model):
@@ -116,7 +125,8 @@ def test_embeddings_are_of_unit_length_and_text_goes_in_as_text_or_ids(model):
     texts = ["No nodule.", "Large left pleural effusion."]
     emb = model.encode_text(texts)
     assert torch.allclose(emb.norm(dim=-1), torch.ones(2), atol=1e-5)
-    assert torch.equal(emb, model.encode_text(data.text_ids(model.text_tokenizer, texts, model.text_length)))
+    ids = data.text_ids(model.text_tokenizer, texts, model.text_length)
+    assert torch.equal(emb, model.encode_text(ids))
 
 
 def test_queries_start_spatial(model):
@@ -129,9 +139,11 @@ def test_queries_start_spatial(model):
 
 
 def test_generate_is_the_argmax_of_the_full_forward(model, rows):
-    """Guards: a wrong mask or position with left padding, a cache that drifts, rows that see each other."""
+    """Guards: a wrong mask or position with left padding, a cache that drifts, rows that see each
+    other."""
     fill_lora(model)
-    prompts = [data.CAPTIONING_PROMPT, "Detect all instances of: a much longer phrase than that.", "x"]
+    prompts = [data.CAPTIONING_PROMPT,
+               "Detect all instances of: a much longer phrase than that.", "x"]
     _, patches = model.encode_image([row["path"] for row in rows[:3]], with_patches=True)
     visual = model.visual_tokens(patches)
     answers = model.generate(visual, prompts, max_new_tokens=12)
@@ -139,7 +151,8 @@ def test_generate_is_the_argmax_of_the_full_forward(model, rows):
         ids = torch.tensor([data.prompt_ids(model.llm_tokenizer, prompt)])
         new = []
         for _ in range(12):
-            logits = model.llm(inputs_embeds=model.embed(v[None], ids), use_cache=False).logits[0, -1]
+            embeds = model.embed(v[None], ids)
+            logits = model.llm(inputs_embeds=embeds, use_cache=False).logits[0, -1]
             new.append(int(logits.argmax()))
             ids = torch.cat([ids, torch.tensor([[new[-1]]])], 1)
             if new[-1] == model.llm_tokenizer.eos_token_id:
@@ -169,14 +182,17 @@ def test_save_and_load(model, batch, tmp_path):
 
 
 def test_pretrained_parts_are_loaded_from_folders_and_not_saved_again(rows, tmp_path):
-    """Guards: random weights where pretrained ones were asked for; a run that stores 1.4 B frozen weights."""
+    """Guards: random weights where pretrained ones were asked for; a run that stores 1.4 B frozen
+    weights."""
     torch.manual_seed(0)
-    source = LoFi.build(dataclasses.replace(SMALL, lora_rank=0, llm_lora_rank=0), data.tokenizer_texts(rows))
+    source = LoFi.build(dataclasses.replace(SMALL, lora_rank=0, llm_lora_rank=0),
+                        data.tokenizer_texts(rows))
     source.siglip.save_pretrained(tmp_path / "siglip")
     source.text_tokenizer.save_pretrained(tmp_path / "siglip")
     source.llm.save_pretrained(tmp_path / "gemma")
     source.llm_tokenizer.save_pretrained(tmp_path / "gemma")
-    config = dataclasses.replace(SMALL, encoder=str(tmp_path / "siglip"), llm=str(tmp_path / "gemma"))
+    config = dataclasses.replace(SMALL, encoder=str(tmp_path / "siglip"),
+                                 llm=str(tmp_path / "gemma"))
     model = fill_lora(LoFi.build(config).eval())
     path = rows[0]["path"]
     with model.siglip.disable_adapter():
@@ -199,7 +215,8 @@ def test_export_is_a_plain_siglip(model, rows, tmp_path):
     emb = F.normalize(plain.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
     assert torch.allclose(emb, model.encode_image(rows[0]["path"]), atol=1e-5)
     assert not any("lora" in name for name in plain.state_dict())
-    assert "exists already" in run("model.py", "export", tmp_path / "run", tmp_path / "out", ok=False)
+    message = run("model.py", "export", tmp_path / "run", tmp_path / "out", ok=False)
+    assert "exists already" in message
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(model, tmp_path):
@@ -208,7 +225,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(model, tmp_path):
     with pytest.raises(ModelError, match="not a run folder"):
         LoFi.from_pretrained(tmp_path)
     config = (tmp_path / "run" / "config.json").read_text()
-    (tmp_path / "run" / "config.json").write_text(config.replace('"n_queries": 4', '"n_queries": 9'))
+    other = config.replace('"n_queries": 4', '"n_queries": 9')
+    (tmp_path / "run" / "config.json").write_text(other)
     with pytest.raises(ModelError, match="another model"):
         LoFi.from_pretrained(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(config)

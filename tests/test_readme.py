@@ -31,8 +31,9 @@ def test_every_symbol_of_the_table_exists(file, symbol):
         thing = getattr(thing, part)
 
 
-@pytest.mark.parametrize("equation, function", [("Eq. 1", "sigmoid_loss"), ("Eq. 2", "captioning_loss"),
-                                                ("Eq. 3", "grounding_loss"), ("after Eq. 3", "dense_captioning_loss")])
+@pytest.mark.parametrize("equation, function", [
+    ("Eq. 1", "sigmoid_loss"), ("Eq. 2", "captioning_loss"),
+    ("Eq. 3", "grounding_loss"), ("after Eq. 3", "dense_captioning_loss")])
 def test_every_objective_carries_its_equation(equation, function):
     """Guards: an equation that a reader cannot find in the code."""
     assert equation.lower() in getattr(importlib.import_module("losses"), function).__doc__.lower()
@@ -45,7 +46,8 @@ def test_commands_name_scripts_and_flags_that_exist():
     assert len(commands) >= 6
     for script, rest in commands:
         assert (ROOT / script).exists()
-        text = run(script, "--help") if script != "data.py" else run(script, rest.split()[0], "--help")
+        command = [script] if script != "data.py" else [script, rest.split()[0]]
+        text = run(*command, "--help")
         for flag in re.findall(r"--[a-z-]+", rest):
             assert flag in text, f"{script} has no {flag}"
 

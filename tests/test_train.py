@@ -34,14 +34,16 @@ def finished(phantom, tmp_path_factory):
 def test_a_run_writes_what_it_promises(finished):
     """Guards: a missing file or key of the run folder; a log without a loss of the paper."""
     out, text = finished
-    assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer", "trainer.pt", "log.jsonl",
-                                               "metrics.json"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer",
+                                               "trainer.pt", "log.jsonl", "metrics.json"}
     log = log_of(out)
     assert [line["step"] for line in log] == list(range(1, 9))
-    assert set(log[0]) == {"step", "lr", "loss", "sigmoid", "captioning", "grounding", "dense_captioning", "samples_per_s"}
+    assert set(log[0]) == {"step", "lr", "loss", "sigmoid", "captioning", "grounding",
+                           "dense_captioning", "samples_per_s"}
     scores = json.loads((out / "metrics.json").read_text())
     assert set(scores) == {"i2t", "t2i", "grounding", "prior", "seconds", "n_images"}
-    assert list(scores["i2t"]) == ["R@1", "R@5", "R@10", "R@20", "R@40"] and scores["n_images"] == 12
+    assert list(scores["i2t"]) == ["R@1", "R@5", "R@10", "R@20", "R@40"]
+    assert scores["n_images"] == 12
     assert scores["grounding"]["n_queries"] == scores["prior"]["n_queries"] > 12
     for words in ("trains", "image-to-text", "phrase prior", "Next:", "F@0.5"):
         assert words in text
@@ -51,8 +53,10 @@ def test_total_loss_in_the_log_is_made_of_its_parts(finished):
     """Guards: lambda forgotten, or a loss in the log that is not the one that trains."""
     out, _ = finished
     for line in log_of(out):
-        parts = [line[k] for k in ("captioning", "grounding", "dense_captioning") if line[k] is not None]
-        assert line["sigmoid"] + 5 * min(parts) - 1e-4 <= line["loss"] <= line["sigmoid"] + 5 * max(parts) + 1e-4
+        parts = [line[k] for k in ("captioning", "grounding", "dense_captioning")
+                 if line[k] is not None]
+        low, high = (line["sigmoid"] + 5 * part for part in (min(parts), max(parts)))
+        assert low - 1e-4 <= line["loss"] <= high + 1e-4
 
 
 def test_resume_after_a_kill_is_the_unbroken_run(phantom, finished, tmp_path):
@@ -60,8 +64,8 @@ def test_resume_after_a_kill_is_the_unbroken_run(phantom, finished, tmp_path):
     whole, _ = finished
     out = tmp_path / "b"
     command = ["train.py", "--data", phantom, *FAST, "--steps", 8, "--out", out, "--save-every", 3]
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "trainer.pt").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -75,7 +79,8 @@ def test_resume_after_a_kill_is_the_unbroken_run(phantom, finished, tmp_path):
 
 
 def test_resume_wants_the_same_flags_and_a_whole_checkpoint(phantom, finished, tmp_path):
-    """Guards: a resumed run on other data or another schedule; a damaged checkpoint loaded as it is."""
+    """Guards: a resumed run on other data or another schedule; a damaged checkpoint loaded as it
+    is."""
     out = tmp_path / "c"
     shutil.copytree(finished[0], out)
     command = ("train.py", "--data", phantom, *FAST, "--out", out, "--resume")
@@ -83,23 +88,28 @@ def test_resume_wants_the_same_flags_and_a_whole_checkpoint(phantom, finished, t
     weights = (out / "trainer.pt").read_bytes()
     (out / "trainer.pt").write_bytes(weights[:len(weights) // 2])
     assert "damaged checkpoint" in run(*command, "--steps", 8, ok=False)
-    assert "no checkpoint" in run(*command[:-2], tmp_path / "none", "--resume", "--steps", 8, ok=False)
+    text = run(*command[:-2], tmp_path / "none", "--resume", "--steps", 8, ok=False)
+    assert "no checkpoint" in text
 
 
 def test_an_older_run_is_moved_aside(phantom, finished, tmp_path):
     """Guards: a run overwritten by the next of its name."""
     out = tmp_path / "d"
     shutil.copytree(finished[0], out)
-    text = run("train.py", "--data", phantom, *FAST, "--steps", 1, "--out", out, "--objectives", "s")
-    assert "moved the older" in text and len(log_of(tmp_path / "d.1")) == 8 and len(log_of(out)) == 1
+    text = run("train.py", "--data", phantom, *FAST, "--steps", 1, "--out", out,
+               "--objectives", "s")
+    assert "moved the older" in text
+    assert len(log_of(tmp_path / "d.1")) == 8 and len(log_of(out)) == 1
 
 
 def test_fine_tuning_starts_from_a_run_with_grounding_alone(phantom, finished, tmp_path):
-    """Guards: --init that starts from random weights; objectives that train what was not asked for."""
-    run("train.py", "--data", phantom, "--init", finished[0], "--objectives", "g", "--steps", 1, "--out", tmp_path / "e",
-        "--batch-size", 8, "--device", "cpu")
+    """Guards: --init that starts from random weights; objectives that train what was not asked
+    for."""
+    run("train.py", "--data", phantom, "--init", finished[0], "--objectives", "g", "--steps", 1,
+        "--out", tmp_path / "e", "--batch-size", 8, "--device", "cpu")
     line = log_of(tmp_path / "e")[0]
-    assert line["sigmoid"] is line["captioning"] is line["dense_captioning"] is None and line["grounding"] > 0
+    assert line["sigmoid"] is line["captioning"] is line["dense_captioning"] is None
+    assert line["grounding"] > 0
     before, after = (LoFi.from_pretrained(p).state_dict() for p in (finished[0], tmp_path / "e"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any("text_model" in name for name in changed)
@@ -107,7 +117,8 @@ def test_fine_tuning_starts_from_a_run_with_grounding_alone(phantom, finished, t
 
 def test_accumulated_gradients_are_those_of_the_batches(phantom, tmp_path):
     """Guards: gradients summed over batches instead of averaged, or batches skipped."""
-    run("train.py", "--data", phantom, *FAST, "--steps", 2, "--accumulate", 2, "--out", tmp_path / "f", "--objectives", "s")
+    run("train.py", "--data", phantom, *FAST, "--steps", 2, "--accumulate", 2,
+        "--out", tmp_path / "f", "--objectives", "s")
     keys = [list(train.batches(40, 8, 0, first, first + 2)) for first in (0, 2)]
     assert len({key for step in keys for batch in step for key in batch}) == 32
     assert len(log_of(tmp_path / "f")) == 2
@@ -137,25 +148,31 @@ def test_dry_run_writes_nothing(phantom, tmp_path):
 
 
 def test_the_paper_preset_takes_any_siglip_and_gemma_folder(phantom, rows, tmp_path):
-    """Guards: image size, patches or text length taken from the preset, not from the encoder's config."""
+    """Guards: image size, patches or text length taken from the preset, not from the encoder's
+    config."""
     from conftest import SMALL
     import dataclasses
-    model = LoFi.build(dataclasses.replace(SMALL, lora_rank=0, llm_lora_rank=0), data.tokenizer_texts(rows))
-    for part, tokenizer, name in ((model.siglip, None, "siglip"), (model.llm, model.llm_tokenizer, "gemma")):
+    model = LoFi.build(dataclasses.replace(SMALL, lora_rank=0, llm_lora_rank=0),
+                       data.tokenizer_texts(rows))
+    for part, tokenizer, name in ((model.siglip, None, "siglip"),
+                                  (model.llm, model.llm_tokenizer, "gemma")):
         part.save_pretrained(tmp_path / name)
         if tokenizer:
             tokenizer.save_pretrained(tmp_path / name)
-    text = run("train.py", "--data", phantom, "--encoder", tmp_path / "siglip", "--llm", tmp_path / "gemma", "--steps", 2,
-               "--batch-size", 4, "--out", tmp_path / "h", "--workers", 0, "--device", "cpu")
+    text = run("train.py", "--data", phantom, "--encoder", tmp_path / "siglip",
+               "--llm", tmp_path / "gemma", "--steps", 2, "--batch-size", 4,
+               "--out", tmp_path / "h", "--workers", 0, "--device", "cpu")
     assert "LoRA of the encoders" in text and "has no tokenizer" in text
     config = json.loads((tmp_path / "h" / "config.json").read_text())
-    assert config["preset"] == "paper" and config["n_queries"] == 64 and len(log_of(tmp_path / "h")) == 2
+    assert config["preset"] == "paper" and config["n_queries"] == 64
+    assert len(log_of(tmp_path / "h")) == 2
 
 
 @pytest.mark.parametrize("flags, words", [
     (("--data", "nowhere"), "no such file"), (("--objectives", "sx"), "letters of s, c, g, d"),
-    (("--steps", "0"), "more than 0"), (("--init", "nowhere"), "not a run folder"), (("--colour", "red"), "unrecognized"),
-    (("--device", "tpu9"), "tpu9"), (("--preset", "paper", "--encoder", "nowhere"), "nowhere")])
+    (("--steps", "0"), "more than 0"), (("--init", "nowhere"), "not a run folder"),
+    (("--colour", "red"), "unrecognized"), (("--device", "tpu9"), "tpu9"),
+    (("--preset", "paper", "--encoder", "nowhere"), "nowhere")])
 def test_bad_flags_get_one_line(phantom, tmp_path, flags, words):
     """Guards: a traceback, or a run that starts on something else than was asked for."""
     command = ["train.py", "--data", phantom, *FAST, "--out", tmp_path / "i", "--steps", 1]
@@ -169,7 +186,8 @@ def test_an_unreadable_training_image_stops_or_is_counted(phantom, tmp_path):
     shutil.copytree(phantom, folder)
     bad = folder / "images" / "train_00003.png"
     bad.write_bytes(bad.read_bytes()[:200])
-    command = ["train.py", "--data", folder, *FAST, "--steps", 5, "--objectives", "s", "--out", tmp_path / "j"]
+    command = ["train.py", "--data", folder, *FAST, "--steps", 5, "--objectives", "s",
+               "--out", tmp_path / "j"]
     for workers in (0, 2):
         assert "train_00003.png" in run(*command, "--workers", workers, ok=False)
         shutil.rmtree(tmp_path / "j", ignore_errors=True)
@@ -180,8 +198,9 @@ def test_an_unreadable_training_image_stops_or_is_counted(phantom, tmp_path):
 def test_help_is_the_manual():
     """Guards: a flag without an explanation, or one that the design names and the parser lacks."""
     text = run("train.py", "--help")
-    for flag in ("data out preset encoder llm random-init init resume objectives lambda epochs steps batch-size lr "
-                 "accumulate grad-checkpoint workers seed device dry-run skip-bad-images").split():
+    for flag in ("data out preset encoder llm random-init init resume objectives lambda epochs "
+                 "steps batch-size lr accumulate grad-checkpoint workers seed device dry-run "
+                 "skip-bad-images").split():
         assert f"--{flag}" in text
     assert TINY.preset in text and "Eq. 1" in text
 
