@@ -66,7 +66,7 @@ class Config:
     clip: float = 1.0               # gradient norm; not stated in the paper
     n_regions: int = 1              # regions of an image in a step; not stated in the paper
     max_target: int = 256           # tokens of a target; not stated in the paper
-    augment: float = 0.0            # strength of crop, brightness, contrast; not stated in the paper
+    augment: float = 0.0            # strength of augmentation; not stated in the paper
     cache: bool = False             # keep decoded films in memory
     vocab_size: int = 32_000        # at most, of a tokenizer learned where none can be loaded
     vision: dict = dataclasses.field(default_factory=lambda: dict(
@@ -362,7 +362,7 @@ class LoFi(nn.Module):
                 if name in trains or name.startswith(tuple(made)) and "lm_head" not in name}
 
     def save_pretrained(self, folder):
-        """Write config.json, model.safetensors and tokenizer/, each to a temporary name first."""
+        """Write tokenizer/, model.safetensors and config.json, files to a temporary name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.llm_tokenizer.save_pretrained(folder / "tokenizer")

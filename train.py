@@ -83,9 +83,9 @@ def parse_args():
                        "within a batch (default: 1)")
     group.add_argument("--lr", type=float, metavar="X", help="learning rate after warm-up, then "
                        "cosine to 0 (preset; paper: 3e-4)")
-    group.add_argument("--augment", type=float, metavar="X", help="strength of crop, brightness and "
-                       "contrast, boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of the "
-                       "film; not in the paper (preset: paper 0, tiny 1, on the phantom 0.4)")
+    group.add_argument("--augment", type=float, metavar="X", help="strength of crop, brightness "
+                       "and contrast, boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of "
+                       "the film; not in the paper (preset: paper 0, tiny 1, on the phantom 0.4)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
