@@ -54,12 +54,12 @@ BOX_PATTERN = re.compile(r"\d{1,4} \d{1,4} \d{1,4} \d{1,4}", re.ASCII)
 
 def boxes_to_text(boxes):
     """[(x0, y0, x1, y1), ...], fractions -> "380 510 780 840; ...", left to right, or "none"."""
-    lines = []
-    for x0, y0, x1, y1 in sorted(tuple(box) for box in boxes):
+    rounded = []
+    for x0, y0, x1, y1 in boxes:
         x0, y0 = (min(999, round(1000 * v)) for v in (x0, y0))
-        x1, y1 = max(x0 + 1, round(1000 * x1)), max(y0 + 1, round(1000 * y1))  # never an empty box
-        lines.append(f"{x0} {y0} {x1} {y1}")
-    return "; ".join(lines) or NO_BOXES
+        x1, y1 = max(x0 + 1, round(1000 * x1)), max(y0 + 1, round(1000 * y1))  # never empty
+        rounded.append((x0, y0, x1, y1))
+    return "; ".join(" ".join(map(str, box)) for box in sorted(rounded)) or NO_BOXES
 
 
 def text_to_boxes(text):

@@ -23,7 +23,7 @@ def symbols():
                 yield file, word
 
 
-@pytest.mark.parametrize("file, symbol", symbols())
+@pytest.mark.parametrize("file, symbol", list(symbols()))
 def test_every_symbol_of_the_table_exists(file, symbol):
     """Guards: a table that names what was renamed or removed."""
     thing = importlib.import_module(file.removesuffix(".py"))
