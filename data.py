@@ -113,9 +113,9 @@ def row_problem(row, folder):
             return f"{key!r} is {row.get(key)!r}, wanted text"
     if row["split"] not in SPLITS:
         return f"'split' is {row['split']!r}, wanted one of {', '.join(SPLITS)}"
-    if not isinstance(row.get("report") or "", str):
+    if not isinstance(row.get("report"), (str, type(None))):
         return f"'report' is {row['report']!r}, wanted text"
-    if not isinstance(row.get("regions") or [], list):
+    if not isinstance(row.get("regions"), (list, type(None))):
         return f"'regions' is {row['regions']!r}, wanted a list"
     for region in row.get("regions") or []:
         if not isinstance(region, dict) or not isinstance(region.get("phrase"), str) \
@@ -639,7 +639,8 @@ def draw_rows(rows, path, size=320):
         for region in row["regions"]:
             for box in region["boxes"]:
                 pen.rectangle([v * (size - 1) for v in box], outline="yellow")
-                pen.text((box[0] * size + 3, box[1] * size + 2), region["phrase"], fill="yellow")
+                x = min(box[0] * size + 3, size - 2 - pen.textlength(region["phrase"]))
+                pen.text((max(0, x), box[1] * size + 2), region["phrase"], fill="yellow")
         sheet.paste(film, (size * (n % 4), size * (n // 4)))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

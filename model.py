@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.utils.loftq_utils import SafetensorError
 from torch import nn
 from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, SiglipConfig,
                           SiglipImageProcessor, SiglipModel)
@@ -387,7 +388,7 @@ class LoFi(nn.Module):
         model = cls(config, build_encoder(config), build_llm(config), *tokenizers)
         try:
             state = load_safetensors(str(folder / "model.safetensors"))
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{folder}/model.safetensors: cannot be read "
                              f"({str(error).splitlines()[0]})")
         wanted = model.saved_state()

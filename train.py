@@ -485,19 +485,20 @@ def main():
         if not parts:
             raise TrainError(f"step {step + 1}: no image of the batch could be read; "
                              f"the last: {bad[-1]}")
-        values = torch.stack(parts).nanmean(0).tolist()
-        if not math.isfinite(values[0]):
-            raise TrainError(f"step {step + 1}: the loss is {values[0]}; lower --lr, "
-                             "or resume from the last checkpoint")
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate(step, steps, config)
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trainable, config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
+        parts = torch.stack(parts)
+        if not (parts[:, 0].isfinite().all() and (scaler.is_enabled() or norm.isfinite())):
+            raise TrainError(f"step {step + 1}: the loss is {parts[:, 0].mean():.3g}, its gradient's "
+                             f"norm {norm:.3g}; lower --lr, or resume from the last checkpoint")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        values = {name: None if math.isnan(v) else round(v, 6) for name, v in zip(LOSSES, values)}
+        values = {name: None if math.isnan(v) else round(v, 6)
+                  for name, v in zip(LOSSES, parts.nanmean(0).tolist())}
         rate = args.accumulate * batch_size / (time.time() - start)
         line = {"step": step + 1, "lr": learning_rate(step, steps, config), **values,
                 "samples_per_s": round(rate, 2)}

@@ -61,6 +61,7 @@ def test_autoregressive_losses_are_gemmas_labels_loss():
         labels[r, p:p + t] = ids[r, p:p + t]
     by_row = torch.stack([llm(input_ids=ids[r:r + 1, :p + t], labels=labels[r:r + 1, :p + t]).loss
                           for r, (p, t) in enumerate(zip(prompts, targets))])
+    by_row = by_row.double()
     is_target = labels != -100
     hidden = llm.model(ids).last_hidden_state[:, :-1][is_target[:, 1:]]
     row, _ = is_target.nonzero(as_tuple=True)

@@ -238,5 +238,6 @@ def test_damaged_and_foreign_checkpoints_are_refused(model, tmp_path):
 
 def test_from_scratch_towers_start_as_siglip_does():
     """Guards: a temperature of 1 and a bias of 0, with which a fresh SiglipModel comes."""
-    siglip = build_encoder(dataclasses.replace(SMALL, text={**SMALL.text, "vocab_size": 300}))
+    text = {**SMALL.text, "vocab_size": 300, "pad_token_id": 3}
+    siglip = build_encoder(dataclasses.replace(SMALL, text=text))
     assert siglip.logit_scale.exp().item() == pytest.approx(10, rel=1e-5)

@@ -1,5 +1,6 @@
 """The README's claims that can be checked by machine."""
 
+import functools
 import importlib
 import re
 
@@ -40,14 +41,18 @@ def test_every_objective_carries_its_equation(equation, function):
     assert any(equation in line and f"`{function}`" in line for line in TABLE)
 
 
+@functools.cache
+def help_of(script, command):
+    return run(script, *([command] if command else []), "--help")
+
+
 def test_commands_name_scripts_and_flags_that_exist():
     """Guards: a command in the README that the parser refuses."""
     commands = re.findall(r"^    (?:.*&& )?python (\S+\.py)(.*)$", README, re.M)
     assert len(commands) >= 6
     for script, rest in commands:
         assert (ROOT / script).exists()
-        command = [script] if script != "data.py" else [script, rest.split()[0]]
-        text = run(*command, "--help")
+        text = help_of(script, rest.split()[0] if script == "data.py" else None)
         for flag in re.findall(r"--[a-z-]+", rest):
             assert flag in text, f"{script} has no {flag}"
 

@@ -1,7 +1,6 @@
 """train.py as a person runs it: the commands in subprocesses."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -188,9 +187,8 @@ def test_an_unreadable_training_image_stops_or_is_counted(phantom, tmp_path):
     bad.write_bytes(bad.read_bytes()[:200])
     command = ["train.py", "--data", folder, *FAST, "--steps", 5, "--objectives", "s",
                "--out", tmp_path / "j"]
-    for workers in (0, 2):
-        assert "train_00003.png" in run(*command, "--workers", workers, ok=False)
-        shutil.rmtree(tmp_path / "j", ignore_errors=True)
+    assert "train_00003.png" in run(*command, "--workers", 2, ok=False)
+    shutil.rmtree(tmp_path / "j")
     text = run(*command, "--skip-bad-images")
     assert "1 times an image could not be read" in text and "train_00003.png" in text
 
