@@ -57,8 +57,8 @@ class Config:
     llm_lora_alpha: int = 4         # not stated in the paper
     lam: float = 5.0                # lambda of the total loss                          (Sec. 2.0.1)
     lr: float = 3e-4                # initial, then cosine annealing                    (Sec. 2.0.4)
-    epochs: int = 10                #                                                   (Sec. 2.0.4)
-    steps: int | None = None        # instead of epochs
+    epochs: int | None = 10         #                                                   (Sec. 2.0.4)
+    steps: int | None = None        # whichever of steps and epochs ends first
     batch_size: int = 16            #                                                   (Sec. 2.0.4)
     text_lr: float = 1.0            # rate of the text tower, as a share of lr
     scale_lr: float = 1.0           # rate of t' and b, as a share of lr
@@ -83,8 +83,8 @@ class Config:
 PAPER = Config()
 TINY = Config(
     preset="tiny", encoder=None, llm=None, n_queries=25, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1400, batch_size=48,
-    n_regions=3, max_target=48, augment=1.0, cache=True, vocab_size=1024,
+    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1400, epochs=250,
+    batch_size=48, n_regions=3, max_target=40, augment=1.0, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
     text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=32, projection_size=128),
     decoder=dict(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2,

@@ -386,7 +386,9 @@ def build_model(args, out, rows):
     flags."""
     names = ("lam", "epochs", "steps", "batch_size", "lr", "augment")
     changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.epochs and not args.steps:
+    if args.steps:
+        changed["epochs"] = None
+    elif args.epochs:
         changed["steps"] = None
     if not args.data and args.augment is None:
         changed["augment"] = 0.4                               # the phantom has its own variety
@@ -440,7 +442,9 @@ def main():
 
     # optimizer and checkpoint
     batch_size = min(config.batch_size, len(rows))
-    steps = config.steps or max(1, config.epochs * (len(rows) // batch_size) // args.accumulate)
+    epoch = max(1, len(rows) // batch_size // args.accumulate)          # in steps
+    limits = [config.steps, config.epochs and config.epochs * epoch]
+    steps = min(limit for limit in limits if limit)
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     settings = {"data": str(Path(path).resolve()), "objectives": args.objectives,
@@ -491,8 +495,8 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
         parts = torch.stack(parts)
         if not (parts[:, 0].isfinite().all() and (scaler.is_enabled() or norm.isfinite())):
-            raise TrainError(f"step {step + 1}: the loss is {parts[:, 0].mean():.3g}, its gradient's "
-                             f"norm {norm:.3g}; lower --lr, or resume from the last checkpoint")
+            raise TrainError(f"step {step + 1}: the loss is {parts[:, 0].mean():.3g}, the gradient "
+                             f"{norm:.3g}; lower --lr, or resume from the last checkpoint")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
