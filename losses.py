@@ -1,23 +1,54 @@
 """The four objectives of LoFi and their total (Sec. 2.0.1, Eq. 1 to 4), each a pure function.
 
 B images  D shared width  N target tokens of all rows  R rows of the LLM (image, prompt, target)
+With several processes each function gives its own process's share, and the shares add up.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 CAPTIONING, GROUNDING, DENSE_CAPTIONING = range(3)     # tau: the order of data.TASKS
 
 
-def sigmoid_loss(image_emb, text_emb, t, b):
+class Gather(torch.autograd.Function):
+    """Rows of every process in the order of their ranks; the gradient comes back from all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        counts = [torch.zeros(1, dtype=torch.long, device=x.device)
+                  for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+        counts, rank = [int(n) for n in counts], dist.get_rank()
+        parts = [x.new_empty(max(counts), *x.shape[1:]) for _ in counts]
+        padding = x.new_zeros(max(counts) - len(x), *x.shape[1:])
+        dist.all_gather(parts, torch.cat([x, padding]))
+        ctx.own = slice(sum(counts[:rank]), sum(counts[:rank + 1]))
+        return torch.cat([part[:n] for part, n in zip(parts, counts)]), ctx.own.start
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient[ctx.own]
+
+
+def gather(x):
+    """Rows of all processes (any number each) and the place of one's own first row among them."""
+    return Gather.apply(x) if dist.is_initialized() else (x, 0)
+
+
+def sigmoid_loss(image_emb, text_emb, t, b, first=0):
     """Eq. 1: L_s = -1/B sum_ij log sigmoid(delta_ij (t I_i.T_j + b)), delta = 1 if i == j, else -1.
 
-    image_emb, text_emb: (B, D), unit length; t = exp(t') and b: scalars, SigLIP's learned
+    image_emb: (B, D), text_emb: (B, D), unit length; t = exp(t') and b: scalars, SigLIP's learned
     temperature and bias, which Eq. 1 leaves out. Returns a scalar. Equal texts in a batch count as
-    negatives."""
+    negatives. With several processes: own images, the texts of all, and the place of the first own
+    text among them."""
     logits = t * image_emb @ text_emb.T + b                                        # (B, B)
-    delta = 2 * torch.eye(len(logits), device=logits.device) - 1
-    return -F.logsigmoid(delta * logits).sum() / len(logits)
+    place = torch.arange(text_emb.shape[0], device=logits.device)
+    delta = 2.0 * (place[:len(logits), None] + first == place) - 1
+    return -F.logsigmoid(delta * logits).sum() / len(text_emb)
 
 
 def autoregressive_nll(logits, targets, row_of_target, n_rows):
@@ -50,6 +81,8 @@ def dense_captioning_loss(nll, task):
     return mean_of(nll, task == DENSE_CAPTIONING)
 
 
-def total_loss(l_s, nll, lam=5.0):
-    """L_t = L_s + lambda L_tau, tau in {c, g, d}. nll: (R,), L_tau of rows that each drew a tau."""
-    return l_s + lam * nll.sum() / max(1, len(nll))
+def total_loss(l_s, nll, lam=5.0, n_rows=None):
+    """L_t = L_s + lambda L_tau, tau in {c, g, d}. nll: (R,), L_tau of rows that each drew a tau.
+
+    n_rows: R, or with several processes the rows of all."""
+    return l_s + lam * nll.sum() / max(1, n_rows or len(nll))

@@ -251,6 +251,12 @@ class LoFi(nn.Module):
     def device(self):
         return self.pooling.queries.device
 
+    def compile_layers(self):
+        """torch.compile the layers of towers and LLM; one at a time, so that equal ones share it."""
+        for layer in (*self.siglip.vision_model.encoder.layers,
+                      *self.siglip.text_model.encoder.layers, *self.llm.get_decoder().layers):
+            layer.compile()
+
     # ---- encoders -------------------------------------------------------------------------------
 
     def films(self, images):

@@ -3,6 +3,7 @@
     python train.py                       # the paper in miniature: phantom films, small towers, CPU
     python train.py --data PATH           # the paper's setting on a manifest (see data.py)
     python train.py --data PATH --init runs/NAME --objectives g        # fine-tune, Table 4
+    torchrun --nproc_per_node=4 train.py --data PATH                   # 4 GPUs, or CPU processes
 
 You will see a bar with the four losses, then R@K both ways and the grounding row beside the phrase
 prior. The run folder holds config.json, model.safetensors, tokenizer/, trainer.pt, log.jsonl (a
@@ -18,6 +19,7 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,17 +27,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers import logging as transformers_logging
 
 import data
 import losses
 import metrics
-from model import PRESETS, LoFi, ModelError
+from model import PRESETS, LoFi, ModelError, SafetensorError
 
 transformers_logging.set_verbosity_error()
 
 LOSSES = ("loss", "sigmoid", "captioning", "grounding", "dense_captioning")      # as in log.jsonl
+TRAINER_KEYS = {"step", "settings", "weights", "optimizer", "scaler", "rng"}       # of trainer.pt
+MAX_SKIPPED = 5                         # steps in a row without a finite loss, then the run stops
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -50,7 +55,7 @@ def parse_args():
     group.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/NAME of "
                        "the data); an older run there is moved aside, never overwritten")
     group.add_argument("--resume", action="store_true",
-                       help="go on from the last checkpoint in --out")
+                       help="go on from the last checkpoint in --out, with the same flags")
     group.add_argument("--init", metavar="RUN", help="start from the weights of a run folder "
                        "(Table 4: FT w/ Ours), with its preset and tokenizers")
     group.add_argument("--skip-bad-images", action="store_true", help="count and report unreadable "
@@ -77,7 +82,7 @@ def parse_args():
     group.add_argument("--steps", type=int, metavar="N",
                        help="optimizer steps, instead of --epochs (preset)")
     group.add_argument("--batch-size", type=int, metavar="B",
-                       help="images a step (preset; paper: 16)")
+                       help="images a step and process (preset; paper: 16)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: "
                        "gradients are averaged over N batches of B images; the sigmoid loss stays "
                        "within a batch (default: 1)")
@@ -94,6 +99,8 @@ def parse_args():
                        "without bf16, or fp32 on a CPU (default: auto)")
     group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in "
                        "the backward pass: less memory, about a third slower")
+    group.add_argument("--compile", action="store_true", help="compile the layers of towers and "
+                       "LLM by torch.compile: minutes at the start, then faster steps")
     group.add_argument("--workers", type=int, metavar="N", help="processes that decode images "
                        "(default: 1 if the preset keeps decoded films in memory, else 4)")
     group.add_argument("--save-every", type=int, default=500, metavar="N",
@@ -109,6 +116,27 @@ def parse_args():
 
 class TrainError(ValueError):
     """The run cannot start or go on; the message is one line that says what to do."""
+
+
+def catch_signals(last=False):
+    """Note SIGTERM and Ctrl-C instead of dying -> the list that they are put into; a second one
+    interrupts at once. last: as they were."""
+    asked = []
+
+    def note(number, _):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+    for number, usual in ((signal.SIGTERM, signal.SIG_DFL),
+                          (signal.SIGINT, signal.default_int_handler)):
+        signal.signal(number, usual if last else note)
+    return asked
+
+
+def leave_signals(_):
+    """In a worker process: Ctrl-C is for the main process, which still wants this step's batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def check_args(args):
@@ -130,14 +158,22 @@ def check_args(args):
                          "give one of them")
 
 
-def batches(n_rows, batch_size, seed, first, last):
-    """Keys (epoch, i) of the batches first..last-1; each epoch is a new order, its short rest left
-    out."""
-    per_epoch = max(1, n_rows // batch_size)
+def batches_per_epoch(n_rows, batch_size, world=1):
+    """The last one may be short, but has an image for each process."""
+    return n_rows // batch_size + (n_rows % batch_size >= world)
+
+
+def batches(n_rows, batch_size, seed, first, last, rank=0, world=1):
+    """Keys (epoch, i) of the batches first..last-1; each epoch is a new order of all rows.
+
+    batch_size counts the images of all processes; each takes its own part of them."""
+    per_epoch, order = batches_per_epoch(n_rows, batch_size, world), None
     for number in range(first, last):
         epoch, place = divmod(number, per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-        yield [(epoch, int(i)) for i in order[place * batch_size:(place + 1) * batch_size]]
+        if order is None or place == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+        batch = order[place * batch_size:(place + 1) * batch_size]
+        yield [(epoch, int(i)) for i in np.array_split(batch, world)[rank]]
 
 
 def learning_rate(step, steps, config):
@@ -158,7 +194,7 @@ def choose_precision(name, device):
 
 def build_optimizer(model, config):
     """AdamW; matrices decay, vectors and scalars do not; text tower, t' and b may have rates of
-    their own."""
+    their own. eps is above the rounding of gradients that are zero (a key's bias has no effect)."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -167,7 +203,46 @@ def build_optimizer(model, config):
             groups.setdefault((p.ndim >= 2, rate), []).append(p)
     return torch.optim.AdamW(
         [{"params": params, "weight_decay": config.weight_decay if decays else 0.0, "rate": rate}
-         for (decays, rate), params in groups.items()], lr=config.lr, betas=(0.9, 0.98), fused=True)
+         for (decays, rate), params in groups.items()], lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
+        fused=True)
+
+
+def join_processes(args):
+    """-> (rank, number of processes) that torchrun started; (0, 1) without it."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    on_cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")                     # one process prints and writes
+    return dist.get_rank(), dist.get_world_size()
+
+
+def over_processes(x, op="SUM"):
+    """A tensor reduced over all processes: SUM, MIN or MAX."""
+    if dist.is_initialized():
+        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    return x
+
+
+def add_gradients(parameters):
+    """Sum the gradients over the processes, as the shares of the loss want; None stays where no
+    process has one.
+
+    One call after the backward pass, not DistributedDataParallel's hooks within it: a process may
+    have drawn no LLM row, and the texts' gradient is gathered within too, so the order of calls
+    could differ between processes. Only LoRA and new layers train, so there is little to overlap."""
+    if not dist.is_initialized():
+        return
+    has = over_processes(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int,
+                                      device=parameters[0].device), "MAX")
+    used = [p for p, n in zip(parameters, has.tolist()) if n]
+    flat = over_processes(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                                     for p in used]))
+    for p, gradient in zip(used, flat.split([p.numel() for p in used])):
+        p.grad = gradient.view_as(p)
 
 
 def to_device(batch, device):
@@ -178,36 +253,50 @@ def to_device(batch, device):
 
 def step_losses(model, batch, objectives, lam, precision):
     """One forward pass -> L_t and [L_t, L_s, L_c, L_g, L_d] in the order of LOSSES; NaN: not
-    drawn."""
+    drawn. With several processes: one's own share of L_t, which adds up to that of all, and the
+    losses over the images of all."""
     device = batch["image"].device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         image_emb, text_emb, logits = model(batch)
     l_s, nll = torch.zeros((), device=device), torch.zeros(0, device=device)
     if text_emb is not None:
+        text_emb, first = losses.gather(text_emb)
         l_s = losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
-                                  model.siglip.logit_bias)
+                                  model.siglip.logit_bias, first)
     if logits is not None:
         row_of_target, _ = batch["is_target"].nonzero(as_tuple=True)
         nll = losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row_of_target,
                                         len(batch["ids"]))
-    l_c = losses.captioning_loss(nll, batch["task_of_row"])
-    l_g = losses.grounding_loss(nll, batch["task_of_row"])
-    l_d = losses.dense_captioning_loss(nll, batch["task_of_row"])
-    loss = losses.total_loss(l_s, nll, lam)
-    return loss, torch.stack([loss, l_s if "s" in objectives else l_c * torch.nan,
-                              l_c, l_g, l_d]).detach()
+    every_nll, _ = losses.gather(nll.detach())
+    every_task, _ = losses.gather(batch["task_of_row"])
+    l_c = losses.captioning_loss(every_nll, every_task)
+    l_g = losses.grounding_loss(every_nll, every_task)
+    l_d = losses.dense_captioning_loss(every_nll, every_task)
+    loss = losses.total_loss(l_s, nll, lam, len(every_nll))
+    l_t, l_s = over_processes(torch.stack([loss, l_s]).detach())
+    return loss, torch.stack([l_t, l_s if "s" in objectives else l_s * torch.nan, l_c, l_g, l_d])
 
 
-def save_trainer(path, model, optimizer, scaler, step, settings):
-    """All that --resume needs, in one file that is whole or not there: weights that train,
-    optimizer, RNG."""
+def save_run(out, model, optimizer, scaler, step, settings):
+    """The model's files, then trainer.pt: all that --resume needs, whole or the one before.
+
+    It holds the weights that train, optimizer, scaler, RNG, step and settings. Raises TrainError if
+    the disk is full."""
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = {"step": step, "settings": settings, "weights": weights,
              "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
              "rng": torch.get_rng_state()}
-    draft = path.with_name(path.name + ".tmp")
-    torch.save(state, draft)
-    os.replace(draft, path)
+    draft = out / "trainer.pt.tmp"
+    try:
+        model.save_pretrained(out)
+        torch.save(state, draft)
+        os.replace(draft, out / "trainer.pt")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        for path in out.glob("*.tmp"):
+            path.unlink()
+        kept = "its last good checkpoint is kept" if (out / "trainer.pt").exists() else "none yet"
+        raise TrainError(f"{out}: step {step} cannot be saved ({str(error).splitlines()[0]}); "
+                         f"{kept}; make room on the disk, then add --resume")
 
 
 def load_trainer(path, model, optimizer, scaler, settings):
@@ -217,6 +306,10 @@ def load_trainer(path, model, optimizer, scaler, settings):
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise TrainError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]}); "
                          "start anew with another --out")
+    if not isinstance(state, dict) or set(state) != TRAINER_KEYS \
+            or set(state["settings"]) != set(settings):
+        raise TrainError(f"{path}: not a checkpoint of this train.py; start anew with another "
+                         "--out")
     other = {k: v for k, v in state["settings"].items() if v != settings[k]}
     if other:
         raise TrainError(f"{path}: was trained with {other}, "
@@ -324,7 +417,7 @@ def write_json(path, value):
 
 # ---- data and run folder ------------------------------------------------------------------------
 
-def find_data(args):
+def find_data(args, rank, device):
     """The manifest's folder: --data, or the phantom, drawn on first use (a dry run throws its own
     away)."""
     if args.data:
@@ -334,7 +427,10 @@ def find_data(args):
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return data.make_phantom(folder / "phantom", {"train": 64, "test": 8})
     folder = Path("runs/phantom_data")
-    return folder if (folder / "manifest.jsonl").exists() else data.make_phantom(folder)
+    if not (folder / "manifest.jsonl").exists() and rank == 0:
+        data.make_phantom(folder)
+    over_processes(torch.zeros(1, device=device))              # the others wait
+    return folder
 
 
 def training_rows(path, objectives):
@@ -352,15 +448,18 @@ def training_rows(path, objectives):
 
 
 def run_folder(args):
-    """--out, or runs/NAME of the data. Raises TrainError if there is nothing to --resume in it."""
+    """--out, or runs/NAME of the data -> (folder, whether there is a checkpoint to resume).
+
+    A run that was killed before its first checkpoint is resumed at step 0. Raises TrainError if
+    there is no run to --resume."""
     name = "phantom"
     if args.data:
         path = Path(args.data).resolve()
         name = path.name if path.is_dir() else path.parent.name
     out = Path(args.out or f"runs/{name}")
-    if args.resume and not (out / "trainer.pt").exists():
-        raise TrainError(f"{out}/trainer.pt: no checkpoint to resume; start without --resume")
-    return out
+    if args.resume and not (out / "log.jsonl").exists():
+        raise TrainError(f"{out}: no run to resume, it has no log.jsonl; start without --resume")
+    return out, args.resume and (out / "trainer.pt").exists()
 
 
 def move_aside(folder):
@@ -370,19 +469,25 @@ def move_aside(folder):
                      if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
         folder.rename(aside)
         print(f"moved the older {folder} to {aside}")
-    folder.mkdir(parents=True)
+    draft = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    (draft / "log.jsonl").touch()
+    draft.rename(folder)
 
 
 def keep_log(path, step):
-    """Open log.jsonl to append, without the lines that an interrupted run wrote after its
-    checkpoint."""
-    lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
-    path.write_text("".join(lines))
-    return open(path, "a")
+    """Open log.jsonl to append a line a step, without the lines that an interrupted run wrote after
+    its checkpoint."""
+    lines = path.read_text().splitlines(keepends=True)[:step]
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text("".join(lines))
+    os.replace(draft, path)
+    return open(path, "a", buffering=1)
 
 
-def build_model(args, out, rows):
-    """The model to train: of the preset, or of --init or --resume; its config changed by the
+def build_model(args, start, rows):
+    """The model to train: of the preset, or of the run it starts from; its config changed by the
     flags."""
     names = ("lam", "epochs", "steps", "batch_size", "lr", "augment")
     changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -392,7 +497,7 @@ def build_model(args, out, rows):
         changed["steps"] = None
     if not args.data and args.augment is None:
         changed["augment"] = 0.4                               # the phantom has its own variety
-    if start := out if args.resume else args.init:
+    if start:
         model = LoFi.from_pretrained(start)
         if args.preset not in (None, model.config.preset):
             raise TrainError(f"{start} has preset {model.config.preset}, not {args.preset}")
@@ -401,7 +506,12 @@ def build_model(args, out, rows):
     config = PRESETS[args.preset or ("paper" if args.data else "tiny")]
     sources = {"encoder": args.encoder, "llm": args.llm}
     sources = {name: source for name, source in sources.items() if source or args.random_init}
-    return LoFi.build(dataclasses.replace(config, **sources, **changed), data.tokenizer_texts(rows))
+    config = dataclasses.replace(config, **sources, **changed)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    model = LoFi.build(dataclasses.replace(config, batch_size=world * config.batch_size),
+                       data.tokenizer_texts(rows))             # b starts by the batch of all
+    model.config = dataclasses.replace(model.config, batch_size=config.batch_size)
+    return model
 
 
 def print_sizes(model):
@@ -424,26 +534,32 @@ def print_sizes(model):
 def main():
     began, args = time.time(), parse_args()
     check_args(args)
+    rank, world = join_processes(args)
     torch.manual_seed(args.seed)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = choose_precision(args.precision, device)
-    out = run_folder(args)
 
     # data and model
-    path = find_data(args)
+    path = find_data(args, rank, device)
     rows = training_rows(path, args.objectives)
-    model = build_model(args, out, rows).to(device)
+    out, has_checkpoint = run_folder(args)
+    model = build_model(args, out if has_checkpoint else args.init, rows).to(device)
     config, trainable = model.config, [p for p in model.parameters() if p.requires_grad]
     print_sizes(model)
     if args.grad_checkpoint:
         for part in (model.siglip, model.llm):
             part.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.compile:
+        model.compile_layers()
 
     # optimizer and checkpoint
-    batch_size = min(config.batch_size, len(rows))
-    epoch = max(1, len(rows) // batch_size // args.accumulate)          # in steps
-    limits = [config.steps, config.epochs and config.epochs * epoch]
+    batch_size = min(config.batch_size * world, len(rows))              # of all processes
+    if batch_size < world:
+        raise TrainError(f"{path}: {len(rows)} training images for {world} processes; "
+                         "start fewer")
+    epoch = batches_per_epoch(len(rows), batch_size, world) / args.accumulate      # in steps
+    limits = [config.steps, config.epochs and math.ceil(config.epochs * epoch)]
     steps = min(limit for limit in limits if limit)
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -451,7 +567,7 @@ def main():
                 "lambda": config.lam, "lr": config.lr, "steps": steps, "batch-size": batch_size,
                 "accumulate": args.accumulate, "seed": args.seed, "augment": config.augment}
     first = (load_trainer(out / "trainer.pt", model, optimizer, scaler, settings)
-             if args.resume else 0)
+             if has_checkpoint else 0)
 
     # batches
     dataset = data.ChestXrays(rows, model.image_size, args.objectives, config.n_regions,
@@ -460,60 +576,76 @@ def main():
                            model.text_length, model.llm_tokenizer, config.max_target)
     workers = args.workers if args.workers is not None else 1 if config.cache else 4
     keys = batches(len(rows), batch_size, args.seed, first * args.accumulate,
-                   steps * args.accumulate)
+                   steps * args.accumulate, rank, world)
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
-        pin_memory=device.type == "cuda"))
+        worker_init_fn=leave_signals, pin_memory=device.type == "cuda"))
     print(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
-          f"objectives {args.objectives}, on {device.type} in "
+          f"objectives {args.objectives}, on {f'{world} x ' if world > 1 else ''}{device.type} in "
           f"{str(precision).removeprefix('torch.')}")
     if args.dry_run:
         steps = first + 1
-    elif not args.resume:
+    elif not args.resume and rank == 0:
         move_aside(out)
-    log = open(os.devnull, "w") if args.dry_run else keep_log(out / "log.jsonl", first)
+    log = (open(os.devnull, "w") if args.dry_run or rank else keep_log(out / "log.jsonl", first))
 
     # the loop
     model.train()
-    bad, bar = [], tqdm(range(first, steps), "train", initial=first, total=steps, unit="step")
+    bad, skipped, in_a_row, asked_to_stop = [], 0, 0, catch_signals()
+    bar = tqdm(range(first, steps), "train", initial=first, total=steps, unit="step",
+               disable=rank > 0)
     for step in bar:
-        start, parts = time.time(), []
+        start, parts, images = time.time(), [], []
         for _ in range(args.accumulate):
             batch = to_device(next(loader), device)
             bad += batch["bad"]
-            if not len(batch["image"]):
-                continue
+            if not over_processes(torch.tensor(len(batch["image"]), device=device), "MIN"):
+                continue                                       # of one process none could be read
             loss, named = step_losses(model, batch, args.objectives, config.lam, precision)
             scaler.scale(loss / args.accumulate).backward()
             parts.append(named)
+            images += batch["paths"]
         if not parts:
-            raise TrainError(f"step {step + 1}: no image of the batch could be read; "
-                             f"the last: {bad[-1]}")
+            raise TrainError(f"step {step + 1}: no image of the batch could be read"
+                             + f"; the last: {bad[-1]}" * bool(bad))
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate(step, steps, config)
+        add_gradients(trainable)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
         parts = torch.stack(parts)
-        if not (parts[:, 0].isfinite().all() and (scaler.is_enabled() or norm.isfinite())):
-            raise TrainError(f"step {step + 1}: the loss is {parts[:, 0].mean():.3g}, the gradient "
-                             f"{norm:.3g}; lower --lr, or resume from the last checkpoint")
-        scaler.step(optimizer)
+        if parts[:, 0].isfinite().all() and (scaler.is_enabled() or norm.isfinite()):
+            scaler.step(optimizer)
+            in_a_row = 0
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
         scaler.update()
         optimizer.zero_grad()
+        if in_a_row == MAX_SKIPPED:
+            raise TrainError(f"step {step + 1}: no finite loss or gradient in {MAX_SKIPPED} steps; "
+                             "lower --lr, or look at this step's images: " + " ".join(images))
 
-        values = {name: None if math.isnan(v) else round(v, 6)
+        values = {name: round(v, 6) if math.isfinite(v) else None
                   for name, v in zip(LOSSES, parts.nanmean(0).tolist())}
         rate = args.accumulate * batch_size / (time.time() - start)
         line = {"step": step + 1, "lr": learning_rate(step, steps, config), **values,
                 "samples_per_s": round(rate, 2)}
         log.write(json.dumps(line) + "\n")
-        bar.set_postfix({name: f"{v:.2f}" for name, v in values.items() if v is not None},
-                        refresh=False)
-        if (step + 1) % args.save_every == 0 and not args.dry_run and step + 1 < steps:
-            log.flush()
-            model.save_pretrained(out)
-            save_trainer(out / "trainer.pt", model, optimizer, scaler, step + 1, settings)
+        bar.set_postfix({name: f"{v:.2f}" for name, v in values.items() if v is not None}
+                        | ({"skipped": skipped} if skipped else {}), refresh=False)
+        stop = over_processes(torch.tensor(max(asked_to_stop, default=0), device=device), "MAX")
+        if rank == 0 and not args.dry_run and step + 1 < steps \
+                and (stop or (step + 1) % args.save_every == 0):
+            save_run(out, model, optimizer, scaler, step + 1, settings)
+        if stop and step + 1 < steps:
+            bar.close()
+            print(f"stopped and saved after step {step + 1}; go on with the same command and "
+                  "--resume", file=sys.stderr)
+            sys.exit(128 + int(stop))
     log.close()
+    catch_signals(last=True)
+    if skipped:
+        print(f"skipped {skipped} steps: their loss or gradient was not finite")
     if bad:
         print(f"{len(bad)} times an image could not be read and was left out, "
               f"{len(set(bad))} different ones:")
@@ -522,8 +654,9 @@ def main():
         print(f"dry run: one step of {batch_size} images, loss {values['loss']:.3f}, every row of "
               "the data is well formed; nothing written")
         return
-    model.save_pretrained(out)
-    save_trainer(out / "trainer.pt", model, optimizer, scaler, steps, settings)
+    if rank:
+        return
+    save_run(out, model, optimizer, scaler, steps, settings)
     print(f"saved {out}")
 
     # evaluation
@@ -543,6 +676,8 @@ if __name__ == "__main__":
     except (TrainError, ModelError, data.DataError, OSError) as error:
         message = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
         sys.exit("train.py: " + message)
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted")
     except torch.OutOfMemoryError:
         sys.exit("train.py: out of GPU memory; lower --batch-size (and raise --accumulate), "
                  "or add --grad-checkpoint")

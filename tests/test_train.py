@@ -1,6 +1,9 @@
-"""train.py as a person runs it: the commands in subprocesses."""
+"""train.py as a person runs it, in subprocesses where the process matters."""
 
+import dataclasses
 import json
+import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,22 +14,64 @@ import pytest
 import torch
 
 import data
+import losses
 import train
-from conftest import ROOT, run
-from model import PAPER, TINY, LoFi
+from conftest import ROOT, SMALL, run
+from model import PAPER, TINY, LoFi, ModelError
 
 FAST = ("--preset", "tiny", "--batch-size", 8, "--device", "cpu")
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The log without its timing."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "samples_per_s"} for line in lines]
+
+
+def weights_of(folder):
+    return LoFi.from_pretrained(folder).state_dict()
+
+
+def assert_same_run(a, b):
+    """The same log, and the same weights bit for bit."""
+    assert log_of(a) == log_of(b)
+    a, b = weights_of(a), weights_of(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def main(monkeypatch, *flags):
+    """train.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    train.main()
+
+
+def start(*command):
+    """train.py in the background."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for_step(process, out, step):
+    """Until the log has that many lines."""
+    log = out / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < step):
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def odd(phantom):
+    """A manifest of 37 training films and no test split: the last batch of 16 has 5."""
+    path = phantom / "odd.jsonl"
+    lines = (phantom / "manifest.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join([line for line in lines if '"split": "train"' in line][:37]))
+    return path
 
 
 @pytest.fixture(scope="module")
 def finished(phantom, tmp_path_factory):
-    """A run of 8 steps, with its evaluation."""
+    """A run of 30 steps, with its evaluation."""
     out = tmp_path_factory.mktemp("runs") / "a"
-    text = run("train.py", "--data", phantom, *FAST, "--steps", 8, "--out", out, "--save-every", 3)
+    text = run("train.py", "--data", phantom, *FAST, "--steps", 30, "--out", out)
     return out, text
 
 
@@ -36,9 +81,10 @@ def test_a_run_writes_what_it_promises(finished):
     assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer",
                                                "trainer.pt", "log.jsonl", "metrics.json"}
     log = log_of(out)
-    assert [line["step"] for line in log] == list(range(1, 9))
-    assert set(log[0]) == {"step", "lr", "loss", "sigmoid", "captioning", "grounding",
-                           "dense_captioning", "samples_per_s"}
+    assert [line["step"] for line in log] == list(range(1, 31))
+    assert set(json.loads((out / "log.jsonl").read_text().splitlines()[0])) == {
+        "step", "lr", "loss", "sigmoid", "captioning", "grounding", "dense_captioning",
+        "samples_per_s"}
     scores = json.loads((out / "metrics.json").read_text())
     assert set(scores) == {"i2t", "t2i", "grounding", "prior", "seconds", "n_images"}
     assert list(scores["i2t"]) == ["R@1", "R@5", "R@10", "R@20", "R@40"]
@@ -58,37 +104,123 @@ def test_total_loss_in_the_log_is_made_of_its_parts(finished):
         assert low - 1e-4 <= line["loss"] <= high + 1e-4
 
 
-def test_resume_after_a_kill_is_the_unbroken_run(phantom, finished, tmp_path):
-    """Guards: draws, optimizer or schedule that start over; log lines written twice or lost."""
-    whole, _ = finished
-    out = tmp_path / "b"
-    command = ["train.py", "--data", phantom, *FAST, "--steps", 8, "--out", out, "--save-every", 3]
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "trainer.pt").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+def test_resume_after_kills_is_the_unbroken_run(phantom, finished, tmp_path):
+    """Guards: draws, optimizer or schedule that start over; log lines written twice or lost; a
+    kill before the first checkpoint, or at any later moment, that a run cannot go on from."""
+    out, moments = tmp_path / "b", random.Random()
+    command = ["train.py", "--data", phantom, *FAST, "--steps", 30, "--out", out,
+               "--save-every", 4]
+    process = start(*command)
+    wait_for_step(process, out, moments.choice([1, 2, 3]))
+    process.kill()
     process.wait()
     assert not (out / "metrics.json").exists()
+    process = start(*command, "--resume")
+    wait_for_step(process, out, moments.randrange(5, 25))
+    process.kill()
+    process.wait()
     run(*command, "--resume")
-    strip = lambda log: [{k: v for k, v in line.items() if k != "samples_per_s"} for line in log]
-    assert strip(log_of(out)) == strip(log_of(whole))
-    a, b = LoFi.from_pretrained(whole).state_dict(), LoFi.from_pretrained(out).state_dict()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_run(finished[0], out)
 
 
-def test_resume_wants_the_same_flags_and_a_whole_checkpoint(phantom, finished, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(phantom, finished, tmp_path, number):
+    """Guards: work lost to Ctrl-C or a cluster's SIGTERM; a checkpoint of half a step."""
+    out = tmp_path / "s"
+    command = ["train.py", "--data", phantom, *FAST, "--steps", 30, "--out", out]
+    process = start(*command)
+    wait_for_step(process, out, 2)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == 128 + number, error
+    assert "stopped and saved after step" in error and "--resume" in error
+    assert "Traceback" not in error
+    run(*command, "--resume")
+    assert_same_run(finished[0], out)
+
+
+def test_two_processes_are_one_with_twice_the_batch(odd, tmp_path):
+    """Guards: a sigmoid loss within each process's batch, texts gathered without their gradient,
+    means of means over unequal parts, images drawn twice or left out, two processes writing."""
+    command = ["train.py", "--data", odd, "--preset", "tiny", "--steps", 5, "--device", "cpu",
+               "--workers", 0, "--out"]
+    run(*command, tmp_path / "one", "--batch-size", 16)
+    run("-m", "torch.distributed.run", "--nproc_per_node=2", *command, tmp_path / "two",
+        "--batch-size", 8)
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two):
+        assert {k: pytest.approx(v, abs=2e-5) for k, v in a.items()} == b
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(odd, tmp_path, monkeypatch, capsys):
+    """Guards: NaN in the weights; a run that dies of one bad batch, or never of bad data."""
+    whole, calls = losses.total_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return whole(*args) * (float("nan") if len(calls) in (2, 3) else 1)
+    flags = ["--data", odd, *FAST, "--steps", 4, "--workers", 0]
+    monkeypatch.setattr(losses, "total_loss", broken)
+    main(monkeypatch, *flags, "--out", tmp_path / "k")
+    assert "skipped 2 steps" in capsys.readouterr().out
+    assert [line["loss"] is None for line in log_of(tmp_path / "k")] == [False, True, True, False]
+    assert all(v.isfinite().all() for v in weights_of(tmp_path / "k").values())
+    monkeypatch.setattr(losses, "total_loss", lambda *args: whole(*args) * float("inf"))
+    with pytest.raises(train.TrainError, match="in 5 steps.*train_000"):
+        main(monkeypatch, *flags, "--steps", 9, "--out", tmp_path / "l")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(odd, tmp_path, monkeypatch):
+    """Guards: half a checkpoint over a whole one. The limit on a file's size stands for a disk."""
+    flags = ["--data", odd, *FAST, "--workers", 0, "--out", tmp_path / "m", "--steps", 3]
+    main(monkeypatch, *flags, "--save-every", 2)
+    good = (tmp_path / "m" / "trainer.pt").read_bytes()
+    model = LoFi.from_pretrained(tmp_path / "m")
+    optimizer, scaler = train.build_optimizer(model, model.config), torch.amp.GradScaler("cpu")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (100_000, 7_000_000):                          # too little for either file, for one
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(train.TrainError, match="cannot be saved.*good checkpoint is kept"):
+                train.save_run(tmp_path / "m", model, optimizer, scaler, 3,
+                               {"steps": "x" * 8_000_000})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "m" / "trainer.pt").read_bytes() == good
+    assert not list((tmp_path / "m").glob("*.tmp"))
+    main(monkeypatch, *flags, "--save-every", 2, "--resume")
+
+
+def test_workers_do_not_change_the_batches(odd, tmp_path, monkeypatch):
+    """Guards: random draws that depend on which process decodes a film."""
+    for workers in (0, 3):
+        main(monkeypatch, "--data", odd, *FAST, "--steps", 3, "--workers", workers,
+             "--out", tmp_path / str(workers))
+    assert_same_run(tmp_path / "0", tmp_path / "3")
+
+
+def test_resume_wants_the_same_flags_and_a_whole_checkpoint(phantom, finished, tmp_path,
+                                                            monkeypatch):
     """Guards: a resumed run on other data or another schedule; a damaged checkpoint loaded as it
     is."""
     out = tmp_path / "c"
     shutil.copytree(finished[0], out)
-    command = ("train.py", "--data", phantom, *FAST, "--out", out, "--resume")
-    assert "'steps': 8" in run(*command, "--steps", 9, ok=False)
+    command = ("--data", phantom, *FAST, "--out", out, "--resume")
+    wrong = [((*command, "--steps", 31), "'steps': 30"),
+             ((*command[:-2], tmp_path / "none", "--resume"), "no run to resume")]
+    for flags, words in wrong:
+        with pytest.raises(train.TrainError, match=words):
+            main(monkeypatch, *flags)
     weights = (out / "trainer.pt").read_bytes()
     (out / "trainer.pt").write_bytes(weights[:len(weights) // 2])
-    assert "damaged checkpoint" in run(*command, "--steps", 8, ok=False)
-    text = run(*command[:-2], tmp_path / "none", "--resume", "--steps", 8, ok=False)
-    assert "no checkpoint" in text
+    with pytest.raises(train.TrainError, match="damaged checkpoint"):
+        main(monkeypatch, *command, "--steps", 30)
+    torch.save({"step": 3}, out / "trainer.pt")
+    with pytest.raises(train.TrainError, match="not a checkpoint of this train.py"):
+        main(monkeypatch, *command, "--steps", 30)
 
 
 def test_an_older_run_is_moved_aside(phantom, finished, tmp_path):
@@ -98,7 +230,7 @@ def test_an_older_run_is_moved_aside(phantom, finished, tmp_path):
     text = run("train.py", "--data", phantom, *FAST, "--steps", 1, "--out", out,
                "--objectives", "s")
     assert "moved the older" in text
-    assert len(log_of(tmp_path / "d.1")) == 8 and len(log_of(out)) == 1
+    assert len(log_of(tmp_path / "d.1")) == 30 and len(log_of(out)) == 1
 
 
 def test_fine_tuning_starts_from_a_run_with_grounding_alone(phantom, finished, tmp_path):
@@ -109,7 +241,7 @@ def test_fine_tuning_starts_from_a_run_with_grounding_alone(phantom, finished, t
     line = log_of(tmp_path / "e")[0]
     assert line["sigmoid"] is line["captioning"] is line["dense_captioning"] is None
     assert line["grounding"] > 0
-    before, after = (LoFi.from_pretrained(p).state_dict() for p in (finished[0], tmp_path / "e"))
+    before, after = weights_of(finished[0]), weights_of(tmp_path / "e")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any("text_model" in name for name in changed)
 
@@ -126,10 +258,20 @@ def test_accumulated_gradients_are_those_of_the_batches(phantom, tmp_path):
 def test_batches_cover_an_epoch_once():
     """Guards: an image drawn twice in an epoch; another order after a resume."""
     keys = [key for batch in train.batches(10, 3, 7, 0, 6) for key in batch]
-    for epoch in (0, 1):
+    for epoch in (0, 1):                                       # of 4 batches, and 2 of the second
         some = [i for e, i in keys if e == epoch]
-        assert len(some) == len(set(some)) == 9
-    assert list(train.batches(10, 3, 7, 0, 6))[4:] == list(train.batches(10, 3, 7, 4, 6))
+        assert len(some) == len(set(some)) == (10 if epoch == 0 else 6)
+    assert list(train.batches(10, 3, 7, 0, 6))[3:] == list(train.batches(10, 3, 7, 3, 6))
+
+
+@pytest.mark.parametrize("n, world", [(10, 2), (9, 2), (13, 3), (8, 4)])
+def test_processes_share_an_epoch_without_repeats(n, world):
+    """Guards: an image drawn by two processes; a process without an image in a batch."""
+    count = train.batches_per_epoch(n, 4, world)
+    parts = [list(train.batches(n, 4, 0, 0, count, rank, world)) for rank in range(world)]
+    drawn = [key for part in parts for batch in part for key in batch]
+    assert len(drawn) == len(set(drawn)) >= n - world + 1
+    assert all(batch for part in parts for batch in part)
 
 
 def test_learning_rate_warms_up_and_ends_near_0():
@@ -149,8 +291,6 @@ def test_dry_run_writes_nothing(phantom, tmp_path):
 def test_the_paper_preset_takes_any_siglip_and_gemma_folder(phantom, rows, tmp_path):
     """Guards: image size, patches or text length taken from the preset, not from the encoder's
     config."""
-    from conftest import SMALL
-    import dataclasses
     model = LoFi.build(dataclasses.replace(SMALL, lora_rank=0, llm_lora_rank=0),
                        data.tokenizer_texts(rows))
     for part, tokenizer, name in ((model.siglip, None, "siglip"),
@@ -172,10 +312,13 @@ def test_the_paper_preset_takes_any_siglip_and_gemma_folder(phantom, rows, tmp_p
     (("--steps", "0"), "more than 0"), (("--init", "nowhere"), "not a run folder"),
     (("--colour", "red"), "unrecognized"), (("--device", "tpu9"), "tpu9"),
     (("--preset", "paper", "--encoder", "nowhere"), "nowhere")])
-def test_bad_flags_get_one_line(phantom, tmp_path, flags, words):
+def test_bad_flags_get_one_line(phantom, tmp_path, monkeypatch, capsys, flags, words):
     """Guards: a traceback, or a run that starts on something else than was asked for."""
-    command = ["train.py", "--data", phantom, *FAST, "--out", tmp_path / "i", "--steps", 1]
-    assert words in run(*command, *flags, ok=False)
+    command = ["--data", phantom, *FAST, "--out", tmp_path / "i", "--steps", 1]
+    with pytest.raises((train.TrainError, data.DataError, ModelError, SystemExit)) as error:
+        main(monkeypatch, *command, *flags)
+    assert words in str(error.value) + capsys.readouterr().err
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "i").exists()
 
 
