@@ -1,6 +1,7 @@
 """Data of LoFi (Sec. 2.0.1 and 2.0.4): the manifest, box strings, prompts, samples and the phantom.
 
     python data.py phantom OUT        # draw chest films with findings, reports and boxes
+    python data.py mimic-cxr --help   # a manifest from archives; also padchest-gr and ms-cxr
     python data.py check DIR          # read every row and image, count, draw a few with their boxes
 
 A data set is a folder with `manifest.jsonl`, one image a line (`report`, `regions` may be missing):
@@ -14,22 +15,35 @@ stretched to the encoder's square, so a box is the same fraction of the model's 
 """
 
 import argparse
+import contextlib
+import csv
 import functools
+import gzip
+import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
+import struct
 import sys
+import threading
 import warnings
-from collections import Counter
+import zipfile
+import zlib
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
+
+from metrics import box_iou
 
 # ---- prompts (Eq. 2 to 4); of the last two the paper prints only the beginning ------------------
 
@@ -322,8 +336,8 @@ def tokenizer_texts(rows):
 class ChestXrays(torch.utils.data.Dataset):
     """Training samples of manifest rows; indexed by (epoch, i), which alone fixes the random draws.
 
-    A sample: {"image": (size, size) uint8, "text": str, "tasks": [(task, prompt, target), ...]},
-    or {"bad": message} for an unreadable image when skip_bad is set."""
+    A sample: {"image": (size, size) uint8, "path": str, "text": str, "tasks": [(task, prompt,
+    target), ...]}, or {"bad": message} for an unreadable image when skip_bad is set."""
 
     def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
                  skip_bad=False, seed=0):
@@ -355,7 +369,7 @@ class ChestXrays(torch.utils.data.Dataset):
         if self.augmented:
             film, regions = augment(film, regions, self.size, self.augmented, rng)
         sentences = split_sentences(row["report"]) or [r["phrase"] for r in row["regions"]]
-        return {"image": torch.from_numpy(np.array(film)),
+        return {"image": torch.from_numpy(np.array(film)), "path": row["path"],
                 "text": " ".join(sample_sentences(sentences, rng)),
                 "tasks": sample_tasks(row["report"], regions, self.objectives, self.n_regions, rng)}
 
@@ -365,7 +379,7 @@ class Collate:
 
     image (B, S, S) uint8; text (B, T) ids, if there is a text tokenizer; ids (R, L): prompt,
     target, <eos>, padding; is_target (R, L): target and <eos>; image_of_row (R,); task_of_row (R,):
-    index in TASKS; bad: messages."""
+    index in TASKS; paths: of the images; bad: messages."""
 
     def __init__(self, text_tokenizer, text_length, llm_tokenizer, max_target):
         self.text_tokenizer, self.text_length = text_tokenizer, text_length
@@ -392,7 +406,7 @@ class Collate:
                  "image_of_row": torch.tensor([row[0] for row in rows], dtype=torch.long),
                  "task_of_row": torch.tensor([TASKS.index(row[1]) for row in rows],
                                              dtype=torch.long),
-                 "bad": bad}
+                 "bad": bad, "paths": [s["path"] for s in samples]}
         if self.text_tokenizer:
             batch["text"] = text_ids(self.text_tokenizer, [s["text"] for s in samples],
                                      self.text_length)
@@ -628,6 +642,605 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     return out
 
 
+# ---- converters: sources read in place, a line or a member at a time ----------------------------
+
+DAMAGED = (OSError, EOFError, ValueError, RuntimeError, csv.Error, struct.error, zlib.error,
+           zipfile.BadZipFile)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
+              Image.DecompressionBombWarning)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever goes wrong with a source inside becomes a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except DAMAGED as error:
+        raise DataError(f"{path}: cannot be read to its end "
+                        f"({getattr(error, 'strerror', None) or error or type(error).__name__}); "
+                        "is the path right and the download whole?")
+
+
+@contextlib.contextmanager
+def open_text(path):
+    """A text, plain, .gz or the one .csv of a .zip, without its byte order mark."""
+    suffix = Path(path).suffix
+    with reading(path), contextlib.ExitStack() as stack:
+        if suffix == ".zip":
+            names, take = members(path, ".csv")
+            raw = io.BytesIO(take(names[min(names)]))
+        else:
+            raw = stack.enter_context((gzip.open if suffix == ".gz" else open)(path, "rb"))
+        yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+
+
+def csv_rows(path, *columns, optional=()):
+    """Yield the named columns of a table's rows; an optional column that it lacks is ""."""
+    csv.field_size_limit(1 << 30)                              # CheXmask: a mask is one field
+    with open_text(path) as text:
+        lines = csv.reader(text)
+        header = next(lines, [])
+        if absent := [name for name in columns if name not in header]:
+            raise DataError(f"{path}: no column {absent[0]!r}; it has {', '.join(header)[:200]}")
+        places = [header.index(name) if name in header else -1 for name in (*columns, *optional)]
+        for line in tqdm(filter(None, lines), Path(path).name, unit="row"):
+            if len(line) < len(header):
+                raise DataError(f"{path}:{lines.line_num}: {len(line)} fields, wanted "
+                                f"{len(header)}; is the download whole?")
+            line.append("")
+            yield [line[place] for place in places]
+
+
+def json_items(path, chunk=1 << 20, limit=1 << 26):
+    """Yield the objects of a JSON array, with bare NaN if need be; only a piece is in memory."""
+    decoder, at, number = json.JSONDecoder(), 1, 1
+    with open_text(path) as file:
+        text = file.read(chunk).lstrip()
+        if not text.startswith("["):
+            raise DataError(f"{path}: starts with {text[:20]!r}, wanted a JSON array")
+        while True:
+            at = re.compile(r"[\s,]*").match(text, at).end()
+            if text.startswith("]", at):
+                return
+            try:
+                item, at = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                more = file.read(chunk)
+                if not more or len(text) - at > limit:
+                    raise DataError(f"{path}: item {number} is cut short or not JSON "
+                                    f"({error.msg}); is the download whole?")
+                text, at = text[at:] + more, 0
+                continue
+            if not isinstance(item, dict):
+                raise DataError(f"{path}: item {number} is {item!r:.40}, wanted an object")
+            yield item
+            number += 1
+
+
+def members(path, suffix):
+    """Files below a folder or in a zip, by bare name (leading folders differ between releases).
+
+    -> {name: path or member}, and what turns a member into bytes and leaves a path as it is."""
+    with reading(path):
+        archive = None if os.path.isdir(path) else zipfile.ZipFile(path)
+        found = archive.namelist() if archive else map(str, Path(path).rglob("*" + suffix))
+    names = {os.path.basename(p): p for p in found if p.endswith(suffix)}
+    names = {name: p for name, p in names.items() if not name.startswith(".")}    # macOS adds ._x
+    if not names:
+        raise DataError(f"{path}: no *{suffix} in it; wanted a folder or a zip that has some")
+
+    def take(member):
+        with reading(f"{path}: {member}"):
+            return archive.read(member) if archive else member
+
+    return names, take
+
+
+def find(folder, *patterns):
+    """The first file of a pattern in a folder or one level below (releases differ), or None."""
+    places = (place for pattern in patterns for place in (pattern, f"*/{pattern}"))
+    return next((path for place in places for path in sorted(Path(folder).glob(place))), None)
+
+
+def one_line(text):
+    """Text with its white space collapsed; what is no text (None, NaN) is empty."""
+    return " ".join(text.split()) if isinstance(text, str) else ""
+
+
+def official_split(value, path):
+    """The manifest's name of a split as its authors spell it."""
+    names = {"validate": "val", "validation": "val"} | {split: split for split in SPLITS}
+    if value not in names:
+        raise DataError(f"{path}: split {value!r}, wanted one of {', '.join(names)}")
+    return names[value]
+
+
+# ---- converters: steps they share ---------------------------------------------------------------
+
+def weighted_boxes_fusion(boxes, iou):
+    """Merge boxes that overlap into their mean (Solovyev et al. 2021; scores 1, one source).
+
+    From the last box to the first: it joins the fused box of highest IoU, if that is above `iou`,
+    or opens a new one. (N, 4) -> (M, 4), left to right. (0, 0, .4, .4) and (.2, 0, .6, .4), of
+    IoU 1/3, give (.1, 0, .5, .4) at 0.3 and themselves at 0.4. Empty boxes are dropped."""
+    joined, fused = [], []
+    for box in reversed([box for box in boxes if box[0] < box[2] and box[1] < box[3]]):
+        overlap = box_iou(fused, [box])[:, 0] if fused else np.zeros(1)
+        best = int(overlap.argmax())
+        if overlap[best] > iou:
+            joined[best].append(box)
+            fused[best] = np.mean(joined[best], axis=0).tolist()
+        else:
+            joined.append([box])
+            fused.append(list(box))
+    return sorted(fused)
+
+
+def make_region(phrase, boxes, scale, split, funnel, iou=None):
+    """Boxes in units of scale (w, h) -> a region, or None if no box is left on the image.
+
+    Boxes are clipped and, with iou, fused; they, and a pair that is dropped, are counted."""
+    if not phrase:
+        funnel["pairs", "no text", split] += 1
+        return None
+    try:
+        fractions = np.array(boxes, float).reshape(-1, 4) / (*scale, *scale)
+    except (TypeError, ValueError):
+        raise DataError(f"{phrase!r} has boxes {boxes}, wanted lists of 4 numbers")
+    if scale == (1, 1) and (fractions > 2).any():
+        raise DataError(f"{phrase!r} has boxes {boxes}, which look like pixels; wanted fractions")
+    inside = [b for b in fractions.clip(0, 1).round(5).tolist() if b[0] < b[2] and b[1] < b[3]]
+    fused = inside if iou is None else weighted_boxes_fusion(inside, iou)
+    funnel.update({("boxes", "in", split): len(boxes),
+                   ("boxes", "degenerate box", split): len(boxes) - len(inside),
+                   ("boxes", "merged", split): len(inside) - len(fused)})
+    if not fused:
+        funnel["pairs", "degenerate box" if len(boxes) else "no box", split] += 1
+        return None
+    return {"phrase": phrase, "boxes": [[round(v, 5) for v in box] for box in fused]}
+
+
+def start_worker():
+    """A worker leaves Ctrl-C to its parent, and ends with it even if that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def parallel(work, jobs, workers):
+    """Yield work(job) in order from a process pool that is handed only a few jobs at a time."""
+    if workers == 1:
+        yield from map(work, jobs)
+        return
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+        waiting = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError("a worker process was killed, perhaps for want of memory; the same "
+                            "command with fewer --workers goes on where it was")
+
+
+def write_whole(path, chunks):
+    """Write bytes under a temporary name, then rename: a full disk leaves no half file."""
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with open(draft, "wb") as file:
+            file.writelines(chunks)
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); once it can, the "
+                        "same command goes on where it was")
+
+
+def shrink(job):
+    """Write a film as an 8-bit JPEG, its short side `size` pixels, unless it is smaller.
+
+    job: (path or bytes, where to write or None, size, (w, h) or None). -> (w, h), of the original
+    where not given; or, as text, why there is none. Raises DataError if it cannot be written."""
+    source, target, size, scale = job
+    try:
+        if not target and scale:
+            return scale if os.path.isfile(source) else "no image"
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            scale = scale or image.size
+            if target:
+                factor = min(1, size / min(image.size))
+                small = [max(1, round(factor * side)) for side in image.size]
+                image.draft("L", small)                        # JPEG: decode at 1/2, 1/4 or 1/8
+                film = load_image(image).resize(small, Image.Resampling.BILINEAR)
+    except FileNotFoundError:
+        return "no image"
+    except UNREADABLE:
+        return "unreadable image"
+    if target:
+        whole = io.BytesIO()
+        film.save(whole, "JPEG", quality=95)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, [whole.getvalue()])
+    return scale
+
+
+def prepare_images(rows, args, funnel, take=lambda source: source):
+    """Give each row its image, shrunk once into --out, or the original's path; drop those without.
+
+    row["name"]: where to write, below a folder that names the size; row["source"]: what take()
+    turns into a path or bytes; row["scale"]: units of its boxes, (w, h), None for the film's."""
+    def job(row):
+        target = args.out / row["image"] if args.size else None
+        return (take(row["source"]), target if target and not target.exists() else None, args.size,
+                row["scale"])
+
+    todo = []
+    for row in rows:
+        row["image"] = (f"images_{args.size}/{row['name']}" if args.size else
+                        os.path.abspath(row["source"]))
+        if not (args.size and row["scale"] and (args.out / row["image"]).exists()):
+            todo.append(row)
+    done = parallel(shrink, map(job, todo), args.workers if args.size else 1)
+    for result, row in zip(tqdm(done, "images", len(todo), unit="image"), todo):
+        if isinstance(result, str):
+            row["image"] = None
+            funnel["images", result, row["split"]] += 1
+            if result == "unreadable image":
+                tqdm.write(f"unreadable image: {row['source']}")
+        else:
+            row["scale"] = result
+    return [row for row in rows if row["image"]]
+
+
+def check_converter(args):
+    """Make --out. Raises DataError if it holds another data set, or for a flag that cannot be."""
+    if args.size < 0 or args.workers < 1 or not 0 <= getattr(args, "wbf_iou", 0) <= 1:
+        raise DataError("--size wants 0 or more, --workers 1 or more, --wbf-iou 0 to 1")
+    with reading(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        notes = args.out / "prepare.json"
+        mine = notes.exists() and f'"command": "{args.command}"' in notes.read_text()
+    if (args.out / "manifest.jsonl").exists() and not mine:
+        raise DataError(f"{args.out}: holds a manifest that is not of {args.command}; name another "
+                        "--out")
+
+
+def show_funnel(rows, funnel, published):
+    """Count what is left, and print each (table, reason) by split beside the published counts.
+
+    -> the same counts as {table: {reason: {split: n}}}."""
+    for split in SPLITS:
+        some = [row for row in rows if row["split"] == split]
+        boxed = [row for row in some if row["regions"]]
+        pairs = [region for row in some for region in row["regions"]]
+        for name, n in (("images", len(some)), ("boxed images", len(boxed)),
+                        ("studies", len({row["study"] for row in some})),
+                        ("boxed studies", len({row["study"] for row in boxed})),
+                        ("patients", len({row["patient"] for row in some})),
+                        ("pairs", len(pairs)), ("boxes", sum(len(p["boxes"]) for p in pairs))):
+            funnel["out", name, split] = n
+    tables = {}
+    for table, reason, _ in sorted(funnel, key=lambda key: ("images", "pairs", "boxes", "out")
+                                   .index(key[0])):
+        tables.setdefault(table, {})[reason] = {s: funnel[table, reason, s] for s in SPLITS}
+    print(f"{'':26}{'train':>10}{'val':>10}{'test':>10}   published")
+    for table, reasons in tables.items():
+        for n, (reason, by_split) in enumerate(reasons.items()):
+            print(f"{'' if n else table:8}{reason:18}"
+                  + "".join(f"{count:10,}" for count in by_split.values())
+                  + f"   {published.get(f'{table} {reason}', '')}".rstrip())
+    return tables
+
+
+def finish(rows, args, funnel, lost, published):
+    """Print the funnel and what is lost; write prepare.json and then, whole, manifest.jsonl."""
+    tables = show_funnel(rows, funnel, published)
+    for loss in lost:
+        print(f"lost: {loss}")
+    if not rows:
+        raise DataError(f"{args.out}: no image is left, see the counts above; nothing written")
+    given = {name: str(value) for name, value in vars(args).items() if name != "prepare"}
+    notes = {"command": args.command, "arguments": given, "lost": lost, "funnel": tables,
+             "published": published}
+    keys = ("image", "study", "patient", "split", "report", "regions")
+    write_whole(args.out / "prepare.json", [json.dumps(notes, indent=2).encode() + b"\n"])
+    write_whole(args.out / "manifest.jsonl",
+                (json.dumps({key: row[key] for key in keys}).encode() + b"\n" for row in rows))
+    print(f"wrote {args.out / 'manifest.jsonl'}; next: python data.py check {args.out}")
+
+
+# ---- converters: MIMIC-CXR ----------------------------------------------------------------------
+
+METHODS = ("gpt4", "rule-based")
+LLAVA_RAD = {"train": "chat_train_*.json", "val": "chat_dev_*.json", "test": "chat_test_*.json"}
+RATINGS = {"A++": ("A_frontal", "App"), "A+": ("A_frontal", "Ap"), "A": ("A_frontal", None),
+           "B": ("B_frontal", None)}           # export, and its table of those rated so or better
+MIMIC_PATH = re.compile(r"(p\d+)/(s\d+)/([^/]+)\.jpg$")
+MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
+                   "out images": "237,972 + 1,959 + 3,403 before the quality filter (LLaVA-Rad)",
+                   "out studies": "2,432 of test (LoFi)", "out boxed studies": "169,441 (LoFi)",
+                   "out pairs": "394,835 (LoFi)"}
+
+
+def mimic_table(images, kind, lost, loss, *columns):
+    """Rows of a table of MIMIC-CXR-JPG, or none and a word on what is lost without it."""
+    if not (Path(images) / "files").is_dir():
+        raise DataError(f"{images}: has no folder 'files'; --images wants the root of "
+                        "MIMIC-CXR-JPG (files/p10/p10000032/s50414267/ID.jpg)")
+    if path := find(images, f"mimic-cxr-2*-{kind}.csv*"):
+        return csv_rows(path, *columns)
+    lost.append(f"{loss} (no mimic-cxr-2.0.0-{kind}.csv.gz in {images})")
+    return []
+
+
+def mimic_splits(images, lost, loss="the official splits"):
+    """{dicom id: split}."""
+    table = mimic_table(images, "split", lost, loss, "dicom_id", "split")
+    return {dicom: official_split(split, images) for dicom, split in table}
+
+
+def mimic_films(images, lost):
+    """{dicom id: (view, (w, h))}; Columns and Rows, so that a tree of copies that were shrunk
+    before serves as well: boxes are in pixels of the originals."""
+    table = mimic_table(images, "metadata", lost, "the official views and film sizes, LLaVA-Rad's "
+                        "and the files' are taken", "dicom_id", "ViewPosition", "Columns", "Rows")
+    with reading(images):
+        return {dicom: (sys.intern(view), (float(w), float(h)) if w and h else None)
+                for dicom, view, w, h in table}
+
+
+def good_masks(path):
+    """Dicom ids of which CheXmask's table says that its masks, and so the film, are good."""
+    with reading(path):
+        return {dicom for dicom, dice in csv_rows(path, "dicom_id", "Dice RCA (Mean)")
+                if dice and float(dice) >= 0.7}
+
+
+def method_of(path, wanted, lost):
+    """The wanted method, or the other where a file has none of it, as the test split of gpt4."""
+    if any(entry.get("generate_method") == wanted for entry in json_items(path)):
+        return wanted
+    other = METHODS[wanted == METHODS[0]]
+    lost.append(f"{wanted} texts of {path.name}, which has none: its {other} ones are taken")
+    return other
+
+
+def mimic_film(images, path, where):
+    """A film of MIMIC-CXR-JPG by ".../p10000032/s50414267/ID.jpg" -> the beginning of its row."""
+    if not (found := MIMIC_PATH.search(str(path))):
+        raise DataError(f"{where}: image {path!r}, wanted .../p10000032/s50414267/ID.jpg")
+    patient, study, dicom = found.groups()
+    name = f"{patient[:3]}/{found[0]}"
+    return {"study": study, "patient": patient, "dicom": dicom, "name": name, "regions": [],
+            "report": "", "source": f"{images}/files/{name}"}
+
+
+def mimic_report(entry):
+    """Findings and impression of an entry of LLaVA-Rad (Sec. 3.0.1), either may be missing."""
+    findings = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
+    return " ".join(filter(None, map(one_line, [*findings, entry.get("impression")])))
+
+
+def mimic_rows(path, default_split, args, tables, funnel, lost):
+    """Yield a row for each frontal film of good quality in a file of LLaVA-Rad, with its text."""
+    (splits, films, good), seen = tables, set()
+    method = method_of(path, args.method, lost)
+    for entry in tqdm(json_items(path), path.name, unit="item"):
+        row = mimic_film(args.images, entry.get("image"), path)
+        dicom = row["dicom"]
+        view, row["scale"] = films.get(dicom, (entry.get("view"), None))
+        row["split"], row["report"] = splits.get(dicom, default_split), mimic_report(entry)
+        reason = ("other method" if entry.get("generate_method") != method else
+                  "view" if view not in ("PA", "AP") else
+                  "quality" if good is not None and dicom not in good else
+                  "no text" if not row["report"] else
+                  "repeated image" if dicom in seen else None)
+        funnel["images", "in", row["split"]] += 1
+        if reason:
+            funnel["images", reason, row["split"]] += 1
+        else:
+            seen.add(dicom)
+            yield row
+
+
+def open_qba(root, rating):
+    """Question files of MIMIC-Ext-CXR-QBA -> members, and {study: ids of the questions rated so or
+    better}, None for all."""
+    export, table = RATINGS[rating]
+    folder = find(root, f"exports/{export}", export)
+    path = folder and find(folder, "qa.zip", "qa")
+    if not path:
+        raise DataError(f"{root}: no exports/{export}/qa.zip; --qba wants the root of "
+                        "MIMIC-Ext-CXR-QBA")
+    if not table:
+        return members(path, ".qa.json"), None
+    rated = find(folder, f"metadata/{table}/question_metadata.csv*")
+    if not rated:
+        raise DataError(f"{folder}: no metadata/{table}/question_metadata.csv.gz, the questions "
+                        f"that --rating {rating} keeps")
+    questions = defaultdict(set)
+    for study, question in csv_rows(rated, "study_id", "question_id"):
+        questions["s" + study.removeprefix("s")].add(sys.intern(question))
+    return members(path, ".qa.json"), questions
+
+
+def walk(answers, depth=0):
+    """Yield (answer, depth) of answers and, below them, their sub-answers."""
+    for answer in answers or []:
+        yield answer, depth
+        yield from walk(answer.get("sub_answers"), depth + 1)
+
+
+def study_regions(job):
+    """Text-box pairs of a study. Which answers give one, beside their rating, is not stated in the
+    paper: here the top-level, positive ones drawn from the report, each text once an image.
+
+    job: (name, path or bytes of the questions, ids of those rated well or None for all, split,
+    {dicom id: (w, h)}, IoU of the fusion). -> {dicom id: {phrase: region}}, funnel."""
+    name, source, rated, split, scales, iou = job
+    regions, funnel = {dicom: {} for dicom in scales}, Counter()
+    try:
+        text = source if isinstance(source, bytes) else Path(source).read_bytes()
+        questions = json.loads(text).get("questions") or []
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{name}: is no file of questions ({error}); is the download whole?")
+    for question in questions:
+        for answer, depth in walk(question.get("answers")):
+            phrase = one_line(answer.get("text"))
+            for dicom in scales.keys() & (answer.get("localization") or {}).keys():
+                place = answer["localization"][dicom] or {}
+                reason = ("rating" if not (rated is None or question.get("question_id") in rated)
+                          else "sub-answer" if depth
+                          else "not positive" if answer.get("positiveness", "pos") != "pos"
+                          else "not in report" if not answer.get("from_report", True)
+                          else "fallback box" if place.get("is_fallback")
+                          else "repeated text" if phrase in regions[dicom] else None)
+                funnel["pairs", "in", split] += 1
+                if reason:
+                    funnel["pairs", reason, split] += 1
+                elif region := make_region(phrase, place.get("bboxes") or [], scales[dicom], split,
+                                           funnel, iou):
+                    regions[dicom][phrase] = region
+    return regions, funnel
+
+
+def add_qba(rows, files, rated, args, funnel, lost):
+    """Give rows the text-box pairs of their studies."""
+    (names, take), studies = files, defaultdict(list)
+    for row in rows:
+        studies[row["study"]].append(row)
+    found = [study for study in studies if f"{study}.qa.json" in names]
+    if len(found) < len(studies):
+        lost.append(f"text-box pairs of {len(studies) - len(found):,} studies that have no "
+                    "questions")
+    jobs = ((study, take(names[f"{study}.qa.json"]), rated and rated.get(study, ()),
+             studies[study][0]["split"], {row["dicom"]: row["scale"] for row in studies[study]},
+             args.wbf_iou) for study in found)
+    results = tqdm(parallel(study_regions, jobs, args.workers), "boxes", len(found), unit="study")
+    for (regions, counts), study in zip(results, found):
+        funnel.update(counts)
+        for row in studies[study]:
+            row["regions"] = list(regions[row["dicom"]].values())
+
+
+def prepare_mimic_cxr(args):
+    """MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA -> a manifest (Sec. 3.0.1)."""
+    funnel, lost, rows = Counter(), [], []
+    texts = {split: find(args.llava_rad, pattern) for split, pattern in LLAVA_RAD.items()}
+    for split, path in texts.items():                          # wrong folders are said at once
+        if not path:
+            raise DataError(f"{args.llava_rad}: no {LLAVA_RAD[split]}; --llava-rad wants the "
+                            "folder of the LLaVA-Rad MIMIC-CXR annotations")
+    qba = open_qba(args.qba, args.rating) if args.qba else None
+    tables = (mimic_splits(args.images, lost), mimic_films(args.images, lost),
+              good_masks(args.chexmask) if args.chexmask else None)
+    for split, path in texts.items():
+        rows += mimic_rows(path, split, args, tables, funnel, lost)
+    rows = prepare_images(rows, args, funnel)
+    if qba:
+        add_qba(rows, *qba, args, funnel, lost)
+    lost += [] if args.chexmask else ["the quality filter of films (no --chexmask)"]
+    lost += [] if qba else ["text-box pairs, so grounding and dense captioning (no --qba)"]
+    finish(rows, args, funnel, lost, MIMIC_PUBLISHED)
+
+
+# ---- converters: PadChest-GR and MS-CXR ---------------------------------------------------------
+
+PADCHEST_PUBLISHED = {"images in": "4,555", "out boxed images": "2,404 of the pool, 604 of test "
+                      "(LoFi)", "out pairs": "4,979 of the pool, 2,404 of test (LoFi)"}
+MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
+
+
+def padchest_splits(args, lost):
+    """{ImageID: (split, patient)}. The paper's pool is train + validation: both are "train" here,
+    unless --official-val."""
+    if not args.table:
+        lost.append("splits and patients, all rows are of train (no --table)")
+        return {}
+    table = csv_rows(args.table, "ImageID", "split", "PatientID")
+    split = lambda value: official_split(value, args.table)
+    pool = {"train": "train", "val": "val" if args.official_val else "train", "test": "test"}
+    return {image: (pool[split(value)], patient) for image, value, patient in table}
+
+
+def padchest_rows(args, names, splits, funnel):
+    """Yield a row a study of the grounded reports: all its sentences, and the boxed as pairs."""
+    for entry in tqdm(json_items(args.reports), Path(args.reports).name, unit="item"):
+        image = str(entry.get("ImageID"))
+        study = str(entry.get("StudyID") or image)
+        split, patient = splits.get(image, ("train", study))
+        pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or [])
+                 for f in entry.get("findings") or []]
+        sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
+        reason = ("not in table" if splits and image not in splits else
+                  "no text" if not sentences else "no image" if image not in names else None)
+        funnel["images", "in", split] += 1
+        if reason:
+            funnel["images", reason, split] += 1
+        else:
+            yield {"study": study, "patient": patient or study, "split": split,
+                   "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
+                   "name": f"{Path(image).stem}.jpg", "source": names[image]}
+
+
+def ms_cxr_rows(args, splits, funnel):
+    """Rows of MS-CXR, an image each; its table has a line a box, in x, y, width and height."""
+    rows, boxes_of = {}, defaultdict(list)
+    columns = ("path", "category_name", "label_text", "image_width", "image_height", "x", "y", "w",
+               "h")
+    for path, kind, text, width, height, *box_xywh, split in csv_rows(args.table, *columns,
+                                                                      optional=["split"]):
+        film = mimic_film(args.images, path, args.table)
+        split = split or splits.get(film["dicom"], "test")
+        with reading(args.table):
+            x, y, w, h, width, height = map(float, (*box_xywh, width, height))
+        rows.setdefault(path, {**film, "split": official_split(split, args.table),
+                               "scale": (width, height)})
+        boxes_of[path, kind, one_line(text)].append([x, y, x + w, y + h])
+    for row in rows.values():
+        row["pairs"] = []
+        funnel["images", "in", row["split"]] += 1
+    for (path, _, phrase), boxes in boxes_of.items():
+        rows[path]["pairs"].append((phrase, boxes))
+    return list(rows.values())
+
+
+def add_regions(rows, funnel):
+    """Turn the pairs of rows, (phrase, boxes in units of scale), into regions."""
+    for row in rows:
+        funnel["pairs", "in", row["split"]] += len(row["pairs"])
+        regions = [make_region(phrase, boxes, row["scale"], row["split"], funnel)
+                   for phrase, boxes in row["pairs"]]
+        row["regions"] = [region for region in regions if region]
+
+
+def prepare_padchest_gr(args):
+    """PadChest-GR -> a manifest (Sec. 3.0.1)."""
+    funnel, lost = Counter(), []
+    names, take = members(args.images, ".png")
+    if not args.size and not Path(args.images).is_dir():
+        raise DataError(f"{args.images}: --size 0 keeps the originals, which cannot stay inside a "
+                        "zip; unzip it and give the folder, or give a --size")
+    rows = list(padchest_rows(args, names, padchest_splits(args, lost), funnel))
+    rows = prepare_images(rows, args, funnel, take)
+    add_regions(rows, funnel)
+    finish(rows, args, funnel, lost, PADCHEST_PUBLISHED)
+
+
+def prepare_ms_cxr(args):
+    """MS-CXR -> a manifest: phrases and boxes, no reports."""
+    funnel, lost = Counter(), []
+    splits = mimic_splits(args.images, lost, "splits, all rows without one are of test")
+    rows = prepare_images(ms_cxr_rows(args, splits, funnel), args, funnel)
+    add_regions(rows, funnel)
+    finish(rows, args, funnel, lost, MS_CXR_PUBLISHED)
+
+
 # ---- check ---------------------------------------------------------------------------------------
 
 def draw_rows(rows, path, size=320):
@@ -684,6 +1297,66 @@ def check(data, png):
 
 # ---- command line --------------------------------------------------------------------------------
 
+def add_converter(commands, name, prepare, words):
+    """A converter's command with the flags they share. -> its groups of sources and choices."""
+    command = commands.add_parser(name, help=f"{words} -> a manifest", description=f"{words} -> a "
+                                  "manifest. The archives are read where they are; the README "
+                                  "says where to apply for them.")
+    command.set_defaults(prepare=prepare)
+    groups = [command.add_argument_group(title) for title in ("sources", "choices", "output")]
+    group = groups.pop()
+    group.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for "
+                       "manifest.jsonl, prepare.json (the counts) and the films; given again after "
+                       "an interruption, it goes on where it was")
+    group.add_argument("--size", type=int, default=512, metavar="PX", help="short side of the "
+                       "films written, 8-bit JPEG, proportions kept, none enlarged; 0 "
+                       "keeps the originals where they are and writes none (default: 512, the "
+                       "encoder's input, Sec. 2.0.4)")
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count()), metavar="N",
+                       help="processes that decode and parse (default: the CPUs, at most 8)")
+    return groups
+
+
+def add_converters(commands):
+    """The commands mimic-cxr, padchest-gr and ms-cxr."""
+    mimic_root = "root of MIMIC-CXR-JPG: files/, and if there the split and metadata csv.gz"
+    sources, choices = add_converter(
+        commands, "mimic-cxr", prepare_mimic_cxr,
+        "films of MIMIC-CXR-JPG, texts of LLaVA-Rad, boxes of MIMIC-Ext-CXR-QBA")
+    sources.add_argument("--images", required=True, metavar="DIR", help=mimic_root)
+    sources.add_argument("--llava-rad", required=True, metavar="DIR", help="folder of the "
+                         "LLaVA-Rad annotations: chat_{train,dev,test}_*.json")
+    sources.add_argument("--qba", metavar="DIR", help="root of MIMIC-Ext-CXR-QBA, with "
+                         "exports/A_frontal (default: none, so no boxes)")
+    sources.add_argument("--chexmask", metavar="FILE", help="CheXmask's MIMIC-CXR-JPG.csv, or .gz: "
+                         "films with Dice RCA (Mean) below 0.7 are dropped (default: none, so all "
+                         "are kept)")
+    choices.add_argument("--method", choices=METHODS, default=METHODS[0], help="which texts of "
+                         "LLaVA-Rad; where a file has none of them, the others are taken and it is "
+                         "said (default: %(default)s, an LLM's, Sec. 3.0.1)")
+    choices.add_argument("--rating", choices=RATINGS, default="A++", help="least rating of a "
+                         "text-box pair's question (default: %(default)s, Sec. 3.0.1)")
+    choices.add_argument("--wbf-iou", type=float, default=0.1, metavar="IOU", help="boxes of a "
+                         "sentence that overlap more are fused into their mean, 0 to 1 (default: "
+                         "%(default)s, of the authors' later code; not stated in the paper)")
+    sources, choices = add_converter(commands, "padchest-gr", prepare_padchest_gr,
+                                     "films, sentences and boxes of PadChest-GR")
+    sources.add_argument("--images", required=True, metavar="DIR_OR_ZIP",
+                         help="the 16-bit PNGs, in a folder (of any depth) or a zip")
+    sources.add_argument("--reports", required=True, metavar="JSON",
+                         help="grounded_reports_20240819.json")
+    sources.add_argument("--table", metavar="CSV", help="master_table.csv, or .csv.zip: splits and "
+                         "patients (default: none, so all rows are of train)")
+    choices.add_argument("--official-val", action="store_true", help="keep the validation split "
+                         "as val (default: it is of train, as the paper's pool of 2,404 X-rays "
+                         "is train and validation, Sec. 3.0.1)")
+    sources, _ = add_converter(commands, "ms-cxr", prepare_ms_cxr,
+                               "films of MIMIC-CXR-JPG, phrases and boxes of MS-CXR")
+    sources.add_argument("--images", required=True, metavar="DIR", help=mimic_root)
+    sources.add_argument("--table", required=True, metavar="CSV", help="MS_CXR_Local_Alignment_"
+                         "v*.csv; rows without a split there have MIMIC's")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Make and check data sets of manifest.jsonl rows (see the top of data.py).",
@@ -697,6 +1370,7 @@ def main():
         command.add_argument(f"--{split}", type=int, default=n, metavar="N",
                              help=f"films of the {split} split")
     command.add_argument("--seed", type=int, default=0, help="the same seed draws the same films")
+    add_converters(commands)
     command = commands.add_parser(
         "check", help="read every row and image, count, draw eight rows with boxes",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -705,6 +1379,9 @@ def main():
     args = parser.parse_args()
     if args.command == "check":
         sys.exit(1 if check(args.data, args.png) else 0)
+    if hasattr(args, "prepare"):
+        check_converter(args)
+        return args.prepare(args)
     if Path(args.out).exists():
         raise DataError(f"{args.out}: exists already; name a new folder")
     make_phantom(args.out, {split: getattr(args, split) for split in SPLITS}, args.seed)
@@ -716,3 +1393,5 @@ if __name__ == "__main__":
         main()
     except (DataError, OSError) as error:
         sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; the same command goes on where it was")
