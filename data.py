@@ -433,7 +433,7 @@ FINDINGS = {"nodule": "{Size} {side} {zone} zone nodule.",
 ABSENT = {"nodule": "No nodule.", "cavity": "No cavity.", "consolidation": "No consolidation.",
           "effusion": "No pleural effusion.", "pneumothorax": "No pneumothorax.",
           "pacemaker": "No implanted device.", "heart": "Normal heart size."}
-SENTENCES = 4                                                   # of a phantom's report
+SENTENCES = 3                                                   # of a phantom's report
 
 
 class Film:
@@ -459,7 +459,7 @@ class Film:
             else:
                 ImageDraw.Draw(layer).polygon(corners, 255)
         if blur:
-            layer = layer.filter(ImageFilter.GaussianBlur(blur * self.n))
+            layer = layer.filter(ImageFilter.BoxBlur(1.6 * blur * self.n))
         return np.asarray(layer, np.float32) / 255
 
     def add(self, mask, value):
@@ -519,16 +519,16 @@ def place_in_zone(film, side, zone):
 
 def draw_nodule(film, side, zone, width):
     outline = ellipse(*place_in_zone(film, side, zone), width / 2, width / 2)
-    film.add(film.mask(outline, blur=.006), 88)
+    film.add(film.mask(outline, blur=.006), 112)
     return [outline]
 
 
 def draw_cavity(film, side, zone, width):
     x, y = place_in_zone(film, side, zone)
     outline = ellipse(x, y, width / 2, width / 2 * film.rng.uniform(.8, 1.2))
-    inside = (outline - (x, y)) * .68 + (x, y)
-    film.add(film.mask(outline, blur=.005) - film.mask(inside, blur=.005), 92)
-    film.add(film.mask(inside, blur=.005), -14)
+    inside = (outline - (x, y)) * .62 + (x, y)
+    film.add(film.mask(outline, blur=.005) - film.mask(inside, blur=.005), 96)
+    film.add(film.mask(inside, blur=.005), -30)
     return [outline]
 
 
@@ -536,8 +536,8 @@ def draw_consolidation(film, side, zone, width):
     rng, (x, y) = film.rng, place_in_zone(film, side, zone)
     wobble = 1 + .18 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6)
                               + rng.uniform(0, 6))
-    outline = ellipse(x, y, .62 * width, .62 * width * rng.uniform(.55, .85), wobble)
-    film.add(film.mask(outline, blur=.012) * (1 + noise(rng, 24, film.n, .3)), 64)
+    outline = ellipse(x, y, .68 * width, .68 * width * rng.uniform(.55, .85), wobble)
+    film.add(film.mask(outline, blur=.012) * (1 + noise(rng, 24, film.n, .4)), 56)
     return [outline]
 
 
@@ -571,7 +571,7 @@ def draw_pacemaker(film, side, *_):
 
 
 def choose_findings(rng):
-    """1 to 4 findings, each as (kind, side, zone, size); a zone, pleura or organ is used once."""
+    """1 to 3 findings, each as (kind, side, zone, size); a zone, pleura or organ is used once."""
     taken, findings, wanted = set(), [], rng.choice([1, 2, 3], p=[.15, .65, .2])
     while len(findings) < wanted:
         kind = rng.choice(list(FINDINGS), p=[.24, .20, .21, .11, .09, .10, .05])
@@ -584,7 +584,7 @@ def choose_findings(rng):
     return findings
 
 
-def draw_phantom(rng, n=128):
+def draw_phantom(rng, n=96):
     """One phantom -> (PIL "L" image of n x n, report, regions)."""
     film, findings = Film(rng, n), choose_findings(rng)
     degree = dict(zip(SIZES, HEART))
@@ -608,7 +608,7 @@ def draw_phantom(rng, n=128):
     sentences = [r["phrase"] for r in regions] + [ABSENT[kind] for kind in absent]
     report = " ".join(rng.permutation(sentences[:SENTENCES]))
     pixels = (film.pixels * rng.uniform(.85, 1.1)
-              + noise(rng, 2 * n // 3, n, 14) + noise(rng, 5, n, 9))
+              + noise(rng, 2 * n // 3, n, 8) + noise(rng, 5, n, 6))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), report, regions
 
 
@@ -623,7 +623,7 @@ def write_phantom(job):
             "report": report, "regions": regions}
 
 
-PHANTOM_SIZES = {"train": 8000, "val": 50, "test": 400}
+PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
 
 
 def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):

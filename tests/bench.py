@@ -3,6 +3,7 @@
     retrieve     exact top-40 against a bare chunked matmul, memory, recall@K over 100,000 x 100,000
     icl          in-context grounding: the shared prefix against one call per phrase
     prepare      the converters: rows a second, resized images a second
+    train        train.py's loop against the bare step, the Trainer and the naive formulation
 
 Machines are shared and differ, so a figure alone says little: compare the ratios.
 """
@@ -97,7 +98,7 @@ def icl_model():
              for i in range(width["num_hidden_layers"] - 1)] + ["full_attention"]
     processor = small_processor(image_size, tokens)
     with torch.device("cuda" if gpu else "cpu"):
-        model = small_lvlm(processor, vision, **width, layer_types=kinds)
+        model = small_lvlm(processor, vision, tied=gpu, **width, layer_types=kinds)
     model.generation_config.eos_token_id = 1                   # rare: replies of full length
     return model.to(torch.bfloat16 if gpu else torch.float32), processor, 48
 
@@ -278,9 +279,229 @@ def prepare():
             "shrink over plain PIL": ours / plain}
 
 
+# ---- train --------------------------------------------------------------------------------------
+
+def train_parts(folder, config, batch_size, n_batches=8):
+    """A model, its optimizer, dataset and collate as in train.py, and batches held in memory."""
+    import torch
+
+    import train
+    from model import LoFi
+    torch.manual_seed(0)
+    rows = data.read_manifest(folder, "train")
+    model = LoFi.build(config, data.tokenizer_texts(rows)).train()
+    dataset = data.ChestXrays(rows, model.image_size, "scgd", config.n_regions, config.augment,
+                              config.cache)
+    collate = data.Collate(model.text_tokenizer, model.text_length, model.llm_tokenizer,
+                           config.max_target)
+    keys = train.batches(len(rows), batch_size, 0, 0, n_batches)
+    batches = [collate([dataset[key] for key in some]) for some in keys]
+    return model, train.build_optimizer(model, config), dataset, collate, batches
+
+
+def seconds_of(work, times=1):
+    """The median of a few timings, in seconds."""
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
+
+
+def bare_step(model, batch, lam=5.0):
+    """Forward and backward alone."""
+    import torch
+
+    import train
+    loss, _ = train.step_losses(model, batch, "scgd", lam, torch.float32)
+    loss.backward()
+    model.zero_grad()
+
+
+def loop_rate(folder, steps, batch_size):
+    """Samples a second of train.py itself, the median of its log after the first epoch."""
+    import contextlib
+    import io
+    from unittest import mock
+
+    import train
+    with tempfile.TemporaryDirectory() as out:
+        flags = ["train.py", "--data", str(folder), "--preset", "tiny", "--steps", str(steps),
+                 "--batch-size", str(batch_size), "--device", "cpu", "--out", f"{out}/run"]
+        with mock.patch("sys.argv", flags), contextlib.redirect_stdout(io.StringIO()):
+            train.main()
+        lines = Path(out, "run", "log.jsonl").read_text().splitlines()
+    return float(np.median([json.loads(line)["samples_per_s"] for line in lines[steps // 3:]]))
+
+
+def trainer_rate(model, dataset, collate, steps, batch_size):
+    """Samples a second of Hugging Face's Trainer on the same model, data, optimizer and worker."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    import train
+
+    class Samples(torch.utils.data.Dataset):
+        """One epoch after another of the same dataset."""
+        def __len__(self):
+            return len(dataset)
+
+        def __getitem__(self, i):
+            return dataset[0, i]
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **batch):
+            loss, _ = train.step_losses(self.model, batch, "scgd", 5.0, torch.float32)
+            return {"loss": loss}
+
+    class Clock(TrainerCallback):
+        ticks = []
+
+        def on_step_end(self, *_, **__):
+            self.ticks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as out:
+        args = TrainingArguments(
+            out, max_steps=steps, per_device_train_batch_size=batch_size, use_cpu=True,
+            remove_unused_columns=False, report_to=[], save_strategy="no", disable_tqdm=True,
+            logging_strategy="no", dataloader_num_workers=1, dataloader_persistent_workers=True,
+            max_grad_norm=1.0, learning_rate=1e-3, lr_scheduler_type="cosine",
+            dataloader_pin_memory=False, dataloader_drop_last=True)
+        Trainer(Loss(), args, data_collator=collate, train_dataset=Samples(),
+                callbacks=[Clock()]).train()
+    return batch_size / float(np.median(np.diff(Clock.ticks)[steps // 3:]))
+
+
+def naive_losses(model, batch, lam=5.0):
+    """The same total loss the plain way: an LLM pass for each objective, logits of the whole
+    vocabulary at every position."""
+    import torch
+    import torch.nn.functional as F
+
+    import losses
+    emb, patches = model.encode_image(batch["image"], with_patches=True)
+    l_s = losses.sigmoid_loss(emb, model.encode_text(batch["text"]),
+                              model.siglip.logit_scale.exp(), model.siglip.logit_bias)
+    visual, total = model.visual_tokens(patches), 0.0
+    for task in range(3):
+        chosen = batch["task_of_row"] == task
+        if not chosen.any():
+            continue
+        ids, is_target = batch["ids"][chosen], batch["is_target"][chosen]
+        embeds = model.embed(visual[batch["image_of_row"][chosen]], ids)
+        logits = model.llm(inputs_embeds=embeds, use_cache=False).logits[:, -ids.shape[1] - 1:-1]
+        labels = ids.masked_fill(~is_target, -100)
+        nll = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+        total = total + (nll.sum(1) / is_target.sum(1)).sum()
+    return l_s + lam * total / len(batch["ids"])
+
+
+def formulation(folder, naive, times=3):
+    """In a process of its own: (samples a second, peak GB above model and data, loss)."""
+    import dataclasses
+
+    import torch
+
+    import train
+    from model import PAPER, TINY
+    config = dataclasses.replace(
+        TINY, decoder=dict(PAPER.decoder, num_hidden_layers=4), llm_lora_rank=4, max_target=64)
+    model, _, _, _, batches = train_parts(folder, config, 8, 1)
+    kept, batch = [], batches[0]
+    before = peak_gb()
+
+    def work():
+        loss = (naive_losses(model, batch) if naive else
+                train.step_losses(model, batch, "scgd", 5.0, torch.float32)[0])
+        loss.backward()
+        model.zero_grad()
+        kept.append(loss.item())
+    seconds = seconds_of(work, times)
+    return 8 / seconds, peak_gb() - before, kept[0]
+
+
+def bench_train(steps=60, batch_size=48):
+    """train.py's loop, the bare step, Hugging Face's Trainer, the naive formulation, the parts."""
+    import multiprocessing
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from model import TINY
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        phantom = data.make_phantom(Path(folder, "phantom"), {"train": 8 * batch_size}, quiet=True)
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            ours = pool.apply(formulation, (phantom, False))
+            naive = pool.apply(formulation, (phantom, True))
+        assert abs(ours[2] - naive[2]) < 1e-3, f"losses differ: {ours[2]} and {naive[2]}"
+        figures |= {"one pass, samples/s": ours[0], "naive, samples/s": naive[0],
+                    "one pass over naive": ours[0] / naive[0],
+                    "one pass, peak GB": ours[1], "naive, peak GB": naive[1],
+                    "naive over one pass, memory": naive[1] / ours[1]}
+
+        model, optimizer, dataset, collate, batches = train_parts(phantom, TINY, batch_size)
+        bare = lambda: [bare_step(model, batch) for batch in batches]
+        bare()
+        before = seconds_of(bare) / len(batches)
+        loop = loop_rate(phantom, steps, batch_size)
+        between = seconds_of(bare) / len(batches)
+        trainer = trainer_rate(model, dataset, collate, steps, batch_size)
+        after = seconds_of(bare) / len(batches)
+        rate = batch_size * 2 / (before + between)
+        figures |= {"train.py, samples/s": loop, "bare step, samples/s": rate,
+                    "loop over bare step": loop / rate,
+                    "Trainer, samples/s": trainer,
+                    "Trainer over bare step": trainer * (between + after) / 2 / batch_size}
+
+        with FlopCounterMode(display=False) as counter:
+            bare_step(model, batches[0])
+        a, flops = torch.randn(2048, 2048), counter.get_total_flops()
+        peak = 2 * 2048 ** 3 / seconds_of(lambda: a @ a, 10)
+        figures |= {"GFLOP a step": flops / 1e9, "GFLOP/s of the bare step": flops / between / 1e9,
+                    "GFLOP/s of a matmul": peak / 1e9, "share of the matmul's": flops / between / peak}
+        figures |= parts_of_a_step(model, optimizer, dataset, collate, batches[0])
+    return figures
+
+
+def parts_of_a_step(model, optimizer, dataset, collate, batch, times=5):
+    """Milliseconds of each part of a step, forward and backward, each run alone."""
+    import torch
+
+    import losses
+    keys = [(9, i) for i in range(len(batch["image"]))]
+    visual = model.encode_image(batch["image"], with_patches=True)[1].detach()
+    emb = [torch.nn.functional.normalize(torch.randn(len(keys), 128), dim=1).requires_grad_()
+           for _ in range(2)]
+    t, b = model.siglip.logit_scale.exp().detach(), model.siglip.logit_bias.detach()
+
+    def decoder():
+        tokens = model.visual_tokens(visual)[batch["image_of_row"]]
+        logits = model.target_logits(tokens, batch["ids"], batch["is_target"])
+        row, _ = batch["is_target"].nonzero(as_tuple=True)
+        losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row,
+                                  len(tokens)).mean().backward()
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    parts = {"decode, augment, collate": lambda: collate([dataset[key] for key in keys]),
+             "vision tower": lambda: model.encode_image(batch["image"]).sum().backward(),
+             "text tower": lambda: model.encode_text(batch["text"]).sum().backward(),
+             "pooling, LLM and its losses": decoder,
+             "sigmoid loss": lambda: losses.sigmoid_loss(*emb, t, b).backward(),
+             "clip and optimizer": update}
+    return {f"{name}, ms": 1000 * seconds_of(work, times) for name, work in parts.items()}
+
+
 # ---- command line -------------------------------------------------------------------------------
 
-BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": prepare}
+BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": prepare, "train": bench_train}
 
 
 def main():

@@ -1,0 +1,577 @@
+"""icl_ground.py: prompt, answers to boxes, demonstrations, and the fast way against the plain one.
+"""
+
+import json
+import random
+import re
+import shutil
+import string
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from PIL import Image
+from transformers import (Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessorPil,
+                          Gemma3Processor, GemmaTokenizer)
+
+import data
+import icl_ground
+import metrics
+from icl_ground import INSTRUCTION, QUERY, InContext, parse_boxes, turns
+from model import LoFi
+
+# ---- a small Gemma 3: its real classes, special tokens and chat template, random weights --------
+
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}\
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}\
+{% endif %}\
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}\
+{% for item in message['content'] %}\
+{% if item['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ item['text'] | trim }}\
+{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>",
+           "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+
+
+def small_processor(image_size=28, tokens=4):
+    """Gemma3Processor with a tokenizer of bytes, characters and the words of the prompt."""
+    words = f'{INSTRUCTION} {QUERY} left lower zone. [{{"box_2d": [ }}], "label": "'
+    pairs = [(word[:i], word[i]) for word in words.replace(" ", " ▁").split()
+             for i in range(1, len(word)) if not any(map(str.isdigit, word[:i + 1]))]
+    merges = list(dict.fromkeys(pairs))                        # digits stay single, as in Gemma's
+    parts = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁\n", *string.printable[:94],
+             *(first + last for first, last in merges)]
+    tokenizer = GemmaTokenizer(
+        vocab={part: i for i, part in enumerate(dict.fromkeys(parts))}, merges=merges,
+        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+                              "image_token": "<image_soft_token>", "turn": "<start_of_turn>",
+                              "end_of_turn": "<end_of_turn>"})
+    images = Gemma3ImageProcessorPil(size={"height": image_size, "width": image_size})
+    return Gemma3Processor(images, tokenizer, chat_template=CHAT_TEMPLATE, image_seq_length=tokens)
+
+
+def small_lvlm(processor, vision=None, tied=False, **text):
+    """A random Gemma3ForConditionalGeneration; vision, text: its sizes. As the library draws them
+    its answers repeat one token and its images count for nothing, so some weights are made larger.
+    """
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2)
+    config = Gemma3Config(
+        tie_word_embeddings=tied, mm_tokens_per_image=processor.image_seq_length,
+        image_token_id=processor.tokenizer.image_token_id,
+        text_config={**sizes, "vocab_size": len(processor.tokenizer), "head_dim": 16,
+                     "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "sliding_window": 32,
+                     "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0,
+                     "bos_token_id": 2, "initializer_range": 0.3, **text},
+        vision_config={**sizes, "image_size": processor.image_processor.size["height"],
+                       "patch_size": 7, **(vision or {})})
+    model = Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        if not tied:
+            model.lm_head.weight.normal_()
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_()
+        model.model.language_model.embed_tokens.weight.mul_(0.3)
+        for layer in model.model.language_model.layers:
+            layer.post_attention_layernorm.weight.fill_(2)
+            layer.self_attn.q_norm.weight.fill_(1)
+        for weight in model.model.vision_tower.parameters():
+            weight.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return small_processor()
+
+
+@pytest.fixture(scope="module")
+def lvlm(processor):
+    return small_lvlm(processor)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """36 noisy pictures of all shapes, as rows of a manifest, each with 1 to 3 boxed phrases."""
+    folder, rng, rows = tmp_path_factory.mktemp("films"), np.random.default_rng(0), []
+    for i in range(36):
+        pixels = rng.integers(0, 256, (3, 3), dtype=np.uint8)
+        size = tuple(rng.integers(20, 60, 2).tolist())
+        Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(folder / f"{i}.png")
+        low, high = rng.uniform(0, 0.5, (3, 2)).tolist(), rng.uniform(0.5, 1, (3, 2)).tolist()
+        regions = [{"phrase": f"{PHRASES[j]} {i}", "boxes": [low[j] + high[j]]}
+                   for j in range(1 + i % 3)]
+        rows.append({"image": f"{i}.png", "path": str(folder / f"{i}.png"), "patient": f"p{i}",
+                     "regions": regions})
+    return rows
+
+
+PHRASES = ["A.", "small left lower zone nodule", "The heart is enlarged; <eos> <start_of_image>",
+           "a phrase longer than the sliding window of the small model, with many words that go on "
+           "and on, so that the cache of its sliding layers holds nothing of the shared prefix"]
+
+
+def triplets_of(rows):
+    return [{"image": row["image"], "path": row["path"], **region}
+            for row in rows for region in row["regions"]]
+
+
+# ---- the plain way: one processor call and one generate a phrase --------------------------------
+
+def padded(path):
+    """A film in the middle of a black square, by numpy."""
+    film = np.array(Image.open(path).convert("L"))
+    height, width = film.shape
+    square = np.zeros((max(film.shape),) * 2, np.uint8)
+    top, left = (len(square) - height) // 2, (len(square) - width) // 2
+    square[top:top + height, left:left + width] = film
+    return Image.fromarray(square).convert("RGB")
+
+
+def plain_inputs(processor, chat):
+    """What processor.apply_chat_template makes of a chat, with its films read in."""
+    chat = [{**message, "content": [
+        {**item, "image": padded(item["image"])} if item["type"] == "image" else item
+        for item in message["content"]]} for message in chat]
+    return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True,
+                                         return_dict=True, return_tensors="pt")
+
+
+@torch.inference_mode()
+def plain(model, processor, path, phrase, demonstrations, max_new_tokens):
+    """-> (ids of the answer, logits (steps, vocabulary))."""
+    inputs = plain_inputs(processor, turns(path, phrase, demonstrations))
+    out = model.generate(**inputs.to(model.device, model.dtype), do_sample=False,
+                         max_new_tokens=max_new_tokens, output_logits=True,
+                         return_dict_in_generate=True)
+    return out.sequences[0, inputs["input_ids"].shape[1]:].tolist(), torch.cat(out.logits)
+
+
+# ---- the prompt ---------------------------------------------------------------------------------
+
+def test_ids_are_those_of_the_processors_chat_template(processor, films):
+    """Guards against a tokenization of our own: a second <bos>, other image tokens, a phrase whose
+    "<start_of_image>" becomes a token, token types that miss an image."""
+    for n in (0, 1, 5):
+        for phrase in PHRASES:
+            chat = turns(films[-1]["path"], phrase, triplets_of(films[:n]))
+            ids = icl_ground.prompt_ids(processor, chat)
+            wanted = plain_inputs(processor, chat)
+            assert ids == wanted["input_ids"][0].tolist()
+            is_image = [i == processor.tokenizer.image_token_id for i in ids]
+            assert is_image == wanted["token_type_ids"][0].bool().tolist()
+            assert len(wanted["pixel_values"]) == len(icl_ground.images_of(chat)) == n + 1
+
+
+def test_chat_is_demonstrations_most_similar_last_then_the_query(films):
+    """Guards against an order that is not the one said, an image repeated for each of its triplets,
+    the instruction at every turn, and a phrase that is not the end."""
+    demonstrations = triplets_of(films[1:3])                   # 2 and 3 triplets, best first
+    for order, images in (("similar-last", (2, 1)), ("similar-first", (1, 2))):
+        chat = turns(films[0]["path"], "A. 0", demonstrations, order)
+        assert icl_ground.images_of(chat) == [films[i]["path"] for i in (*images, 0)]
+        asked = [item["text"] for message in chat if message["role"] == "user"
+                 for item in message["content"] if item["type"] == "text"]
+        wanted = [region["phrase"] for i in images for region in films[i]["regions"]] + ["A. 0"]
+        assert [text.replace("< ", "<").endswith(phrase)
+                for text, phrase in zip(asked, wanted, strict=True)] == [True] * 6
+        assert [INSTRUCTION in text for text in asked] == [True] + [False] * 5
+        assert [message["role"] for message in chat] == ["user", "assistant"] * 5 + ["user"]
+        answers = [json.loads(message["content"][0]["text"]) for message in chat[1::2]]
+        boxes, _ = parse_boxes(json.dumps(answers[0]))
+        first = films[images[0]]
+        back = icl_ground.boxes_from_yxyx_1000(boxes, Image.open(first["path"]).size)
+        np.testing.assert_allclose(back, first["regions"][0]["boxes"], atol=2e-3)
+
+
+def test_boxes_are_y_first_of_the_film_padded_to_a_centred_square():
+    """Guards against x first, boxes of the unpadded film, and padding on one side: a white
+    rectangle is drawn on a film, found again in the padded picture, and its box must be there."""
+    rng = np.random.default_rng(0)
+    for size in ((900, 600), (600, 901), (700, 700), (50, 1000)):
+        x0, y0 = (int(rng.integers(0, n // 2)) for n in size)
+        x1, y1 = (int(rng.integers(n // 2 + 1, n)) for n in size)
+        film = Image.new("L", size, 9)
+        film.paste(255, (x0, y0, x1, y1))
+        square = np.asarray(icl_ground.pad_to_square(film))
+        assert square.shape == (max(size), max(size), 3) and (square > 0).mean() < 1.01
+        rows, columns = (np.flatnonzero((square[..., 0] == 255).any(axis)) for axis in (1, 0))
+        seen = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]) * 1000 / max(size)
+        box = [x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1]]
+        [made] = icl_ground.boxes_to_yxyx_1000([box], size)
+        np.testing.assert_allclose(made, seen, atol=0.51)
+        assert all(type(v) is int for v in made)
+        [back] = icl_ground.boxes_from_yxyx_1000([made], size)
+        np.testing.assert_allclose(back, box, atol=0.51e-3 * max(size) / min(size))
+    assert icl_ground.boxes_from_yxyx_1000([[0, 0, 1000, 200]], (500, 1000)) == []
+    assert icl_ground.boxes_from_yxyx_1000([[0, 0, 1000, 1000]], (500, 1000)) == [[0, 0, 1, 1]]
+    [[y0, x0, y1, x1]] = icl_ground.boxes_to_yxyx_1000([[0.9999, 0, 1, 0.0001]], (10, 10))
+    assert y0 < y1 and x0 < x1 <= 1000                         # small boxes are never empty
+
+
+# ---- answers ------------------------------------------------------------------------------------
+
+BOX = '{"box_2d": [10, 20, 300, 400], "label": "x"}'
+REPLIES = [
+    (f"[{BOX}]", [[10, 20, 300, 400]]),
+    (f"Here:\n```json\n[{BOX}]\n```\nIn the format [y0, x0, y1, x1].", [[10, 20, 300, 400]]),
+    (f"<unused94>thought [[1, 2, 3, 4]]<unused95>[{BOX}]", [[10, 20, 300, 400]]),
+    ("thought [[1, 2, 3, 4]]<unused95>[]", []),
+    (f"<unused94>a thought that never ends [{BOX}]", None),
+    (f"First [[1, 2, 3, 4]], no: Final Answer: [{BOX}]", [[10, 20, 300, 400]]),
+    ("[{'box_2d': [10, 20, 300, 400], 'label': 'x'}]", [[10, 20, 300, 400]]),
+    ('[{"box_2d": [10.5, 20.25, 300.0, 400], "label": "x"}]', [[10.5, 20.25, 300, 400]]),
+    ('[{"box_2d": [300, 400, 10, 20]}]', [[10, 20, 300, 400]]),
+    ('[{"box_2d": ["10", "20", "300", "400"]}]', [[10, 20, 300, 400]]),
+    (f'[{BOX}, {{"box_2d": [30, 40, 5', [[10, 20, 300, 400]]),
+    ('[{"box_2d": [30, 40, 5', None),
+    ('[{"box_2d": [-5, 20, 1300, 1e3]}]', None),
+    ('[{"box_2d": [-5, 20, 1300, 400]}]', [[0, 20, 1000, 400]]),
+    ('[{"box_2d": [1100, 0, 1200, 50]}]', None),
+    ('[{"box_2d": [100, 100, 100, 200]}]', None),
+    ('[{"box_2d": [1, 2, 3]}]', None), ('[{"box_2d": [1, 2, 3, 4, 5]}]', None),
+    (f"[{BOX}, {BOX}]", [[10, 20, 300, 400]]),
+    (f"[{BOX}, " + '{"box_2d": [0, 0, 5, 5]}]', [[10, 20, 300, 400], [0, 0, 5, 5]]),
+    (f"{BOX}\n" + '{"box_2d": [0, 0, 5, 5]}', [[10, 20, 300, 400], [0, 0, 5, 5]]),
+    ('{"boxes": [[10, 20, 300, 400]]}', [[10, 20, 300, 400]]),
+    ("[10, 20, 300, 400]", [[10, 20, 300, 400]]),
+    ("[]", []), ("```json\n[ ]\n```", []), ("", None), ("[", None), ("There is none.", None),
+    ("[{}]", None), ('[{"box_2d": [١, ٢, ٣, ٤]}]', None), ("[[１, ２, ３, ４]]", None),
+    (f"[[{'9' * 5000}, 0, 5, 5]]", [[5, 0, 1000, 5]]), ("[[nan, 0, inf, 1]]", None)]
+
+
+@pytest.mark.parametrize("reply, wanted", REPLIES)
+def test_a_reply_is_read_or_counted_as_malformed(reply, wanted):
+    """Guards against boxes out of a thought or a draft, guesses at what cannot be read, an
+    unreadable reply taken for "no box" (None here), and "no box" taken for unreadable."""
+    assert parse_boxes(reply) == (wanted or [], wanted is None)
+
+
+def test_no_reply_raises():
+    """Guards against an exception on 10,000 random and mangled replies, and boxes that the
+    predictions file refuses."""
+    rng = random.Random(0)
+    alphabet = [*'[]{}(),:."\'-+ \n\\0123456789eE٣०½²', "box_2d", "<unused94>", "<unused95>",
+                "[1,2,3,4]", BOX, "\ud800", "\0", "1e999", "```json", "null"]
+    for i in range(10_000):
+        reply = "".join(rng.choices(alphabet, k=rng.randrange(40)))
+        cut = f"[{BOX}, {BOX}]"[:rng.randrange(90)]
+        boxes, malformed = parse_boxes(reply if i % 2 else cut + reply)
+        assert not (boxes and malformed)
+        assert all(0 <= y0 < y1 <= 1000 and 0 <= x0 < x1 <= 1000 for y0, x0, y1, x1 in boxes)
+
+
+# ---- demonstrations -----------------------------------------------------------------------------
+
+def test_demonstrations_are_the_top_k_triplets_without_the_query_or_its_patient(films, tmp_path):
+    """Guards against a query that sees its own boxes: under its own name, as a copy under another,
+    or in another film of the patient. Against a double loop."""
+    rng = np.random.default_rng(1)
+    copy = tmp_path / "other name.png"
+    shutil.copy(films[0]["path"], copy)
+    queries = [{**films[0], "path": str(copy), "patient": None}, films[1],
+               {**films[2], "patient": "p7"}, {**films[3], "patient": "nobody's"}]
+    emb = torch.tensor(rng.normal(size=(len(films), 8))).float()
+    emb = torch.nn.functional.normalize(emb, dim=1)
+    emb[11] = emb[20]                                          # a tie: the lower index first
+    found, own = icl_ground.top_triplets(queries, emb[:4].clone(), films, emb, 9)
+    assert own == [{0}, {1}, {2, 7}, {3}]
+    for q, query in enumerate(queries):
+        wanted = sorted((i for i in range(len(films)) if i not in own[q]),
+                        key=lambda i: (-float(emb[q].double() @ emb[i].double()), i))
+        every = [(films[i]["image"], region["phrase"]) for i in wanted
+                 for region in films[i]["regions"]]
+        assert [(t["image"], t["phrase"]) for t in found[q]] == every[:9]
+
+
+def test_nearest_takes_the_closest_phrase_and_of_ties_the_more_similar_image(monkeypatch):
+    """Guards against the closest image instead of the closest phrase, and ties to the last."""
+    vectors = {"a": [1.0, 0], "b": [0.6, 0.8], "c": [0, 1.0], "q": [0.8, 0.6]}
+    embed = lambda _, texts: torch.tensor([vectors[text] for text in texts])
+    monkeypatch.setattr(icl_ground.retrieve, "text_embeddings", embed)
+    demonstrations = [{"image": str(i), "phrase": phrase, "boxes": [[0, 0, 1, (i + 1) / 9]]}
+                      for i, phrase in enumerate("caabcb")]
+    ground = icl_ground.nearest_grounder(None)
+    answers = ground({}, ["q", "a", "c"], demonstrations)
+    assert [boxes for boxes, *_ in answers] == [demonstrations[i]["boxes"] for i in (3, 1, 0)]
+    assert [raw for *_, raw in answers] == ["3: b", "1: a", "0: c"]
+
+
+# ---- the fast way -------------------------------------------------------------------------------
+
+STEPS = 6
+
+
+class Recorded(InContext):
+    """The fast way, with the logits (steps, vocabulary) that chose each answer."""
+
+    def decode(self, *args):
+        heads = []
+        hook = self.model.lm_head.register_forward_hook(lambda _, __, out: heads.append(out[:, -1]))
+        ids = super().decode(*args)
+        hook.remove()
+        self.logits += torch.stack(heads, 1)
+        return ids
+
+
+def fast(lvlm, processor, jobs, **options):
+    """jobs: (path, phrases, triplets) -> [(ids, logits), ...] of each answer, and the grounder."""
+    ground, ids = Recorded(lvlm, processor, max_new_tokens=STEPS, **options), []
+    ground.logits = []
+    for job in jobs:
+        ids += ground.generate(*job)
+    return list(zip(ids, ground.logits, strict=True)), ground
+
+
+def assert_same(answers, wanted, eos):
+    """Ids up to <eos>, and the logits that chose them."""
+    assert len(answers) == len(wanted)
+    for (ids, logits), (wanted_ids, wanted_logits) in zip(answers, wanted):
+        n = len(wanted_ids)
+        assert ids[:n] == wanted_ids and (n == STEPS or wanted_ids[-1] in eos)
+        torch.testing.assert_close(logits[:n], wanted_logits, atol=2e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def jobs(films):
+    """26 images with 4 phrases each and 2 images of demonstrations; the pool is 5 images."""
+    return [(films[i]["path"], PHRASES, triplets_of(films[i % 4:i % 4 + 2])) for i in range(10, 36)]
+
+
+@pytest.fixture(scope="module")
+def plain_answers(lvlm, processor, jobs):
+    """104 answers of the plain way. Every twelfth token ends an answer here, so that the phrases of
+    a batch end at different steps."""
+    lvlm.generation_config.eos_token_id = [1, 6, *range(12, 690, 12)]
+    return [plain(lvlm, processor, path, phrase, demonstrations, STEPS)
+            for path, phrases, demonstrations in jobs for phrase in phrases]
+
+
+def test_fast_way_gives_the_plain_ways_answers(lvlm, processor, jobs, plain_answers):
+    """Guards against every trap of the fast way, on 104 pairs in float32: token types of a part of
+    the prompt, the sliding window counted over padding, positions that forget the prefix, image
+    features out of order; with the feature cache on, off, and too small."""
+    eos = lvlm.generation_config.eos_token_id
+    prefix = len(icl_ground.prompt_ids(processor, turns(*jobs[0][:1], "", jobs[0][2])))
+    suffix = len(processor.tokenizer(PHRASES[3])["input_ids"])
+    assert prefix > 32 < suffix                                # the window of small_lvlm
+    lengths = [len(ids) for ids, _ in plain_answers]
+    assert len({tuple(ids) for ids, _ in plain_answers}) > 30 and len(set(lengths)) > 3
+    one_image = lvlm.get_image_features(torch.zeros(1, 3, 28, 28)).pooler_output.nbytes
+    for gigabytes, kept in ((1, 5), (0, 0), (2.5 * one_image / 1e9, 2)):
+        answers, ground = fast(lvlm, processor, jobs, feature_cache_gb=gigabytes)
+        assert_same(answers, plain_answers, eos)
+        assert len(ground.features) == kept
+
+
+def test_one_phrase_or_a_batch_of_many_gives_the_same(lvlm, processor, jobs, plain_answers):
+    """Guards against an answer that hangs on the other phrases of the batch, a prefix that leaves
+    no token to start from (one phrase: all is prefix), and a cache that one batch leaves changed
+    for the next."""
+    eos, some = lvlm.generation_config.eos_token_id, jobs[:4]
+    single = [(path, [phrase], found) for path, phrases, found in some for phrase in phrases]
+    assert_same(fast(lvlm, processor, single)[0], plain_answers[:16], eos)
+    assert_same(fast(lvlm, processor, some, batch_size=3)[0], plain_answers[:16], eos)
+    twice = [(path, [*phrases, *phrases], found) for path, phrases, found in some[:1]]
+    assert_same(fast(lvlm, processor, twice)[0], plain_answers[:4] * 2, eos)
+
+
+def test_a_pool_image_passes_the_vision_tower_once(lvlm, processor, jobs, monkeypatch):
+    """Guards against features made again for each phrase or each query image."""
+    seen, load = [], data.load_image
+    monkeypatch.setattr(data, "load_image", lambda path: seen.append(path) or load(path))
+    fast(lvlm, processor, jobs[:8])
+    pool = {triplet["path"] for *_, found in jobs[:8] for triplet in found}
+    assert sorted(seen) == sorted([*pool, *(path for path, *_ in jobs[:8])])
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run_dir(phantom, tmp_path_factory):
+    """A run folder of a LoFi that was not trained."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    LoFi.build(SMALL, data.tokenizer_texts(data.read_manifest(phantom))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lvlm_dir(lvlm, processor, tmp_path_factory):
+    """The small Gemma 3 as a local folder."""
+    folder = tmp_path_factory.mktemp("lvlm")
+    lvlm.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """main() with these arguments, in an empty folder -> (stdout, stderr)."""
+    def call(*args):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["icl_ground.py", *map(str, args)])
+        icl_ground.main()
+        return capsys.readouterr()
+    return call
+
+
+@pytest.mark.parametrize("grounder", ["lofi", "nearest", "prior", "folder"])
+def test_one_image(grounder, call, phantom, run_dir, lvlm_dir, tmp_path):
+    """Guards against anything on stdout but the answer, pixels of another image's size, an overlay
+    that is not written, and boxes that the predictions file would refuse."""
+    row = data.read_manifest(phantom, "test")[0]
+    phrase = row["regions"][0]["phrase"]
+    out, err = call("--image", row["path"], "--phrase", phrase, "--data", phantom, "--checkpoint",
+                    run_dir, "--lvlm", lvlm_dir if grounder == "folder" else grounder, "--k", 3,
+                    "--max-new-tokens", 8)
+    answer = json.loads(out)
+    metrics.check_row({**answer, "pred": answer["boxes"]}, "stdout")
+    assert answer["ground_truth"] == row["regions"][0]["boxes"] and answer["phrase"] == phrase
+    assert answer["n_demonstrations"] == 3 * (grounder in ("nearest", "folder"))
+    assert answer["pixels"] == [[round(96 * v) for v in box] for box in answer["boxes"]]
+    assert len(answer["boxes"]) > 0 or grounder in ("lofi", "folder")
+    assert Image.open(tmp_path / answer["overlay"]).size[0] == 768
+    assert "leave-one-out: 0 of 1" in err or grounder in ("lofi", "prior")
+
+
+def test_a_query_of_the_pool_is_left_out_and_said(call, phantom, run_dir):
+    """Guards against leave-one-out that is not done where pool and query set are one."""
+    out, _ = call("--data", phantom, "--split", "train", "--lvlm", "nearest", "--checkpoint",
+                  run_dir, "--k", 2, "--out", "p.jsonl")
+    n = len(icl_ground.with_boxes(data.read_manifest(phantom, "train")))
+    assert f"leave-one-out: {n} of {n} query images" in out
+    predictions = metrics.read_predictions("p.jsonl")
+    assert all(row["raw"].split(": ")[0] != row["image"] for row in predictions)
+
+
+def test_a_set_goes_on_where_it_was_stopped(call, phantom, run_dir):
+    """Guards against queries asked twice or never, a torn line that stops the run for good, a row
+    that is not that of the file, and a file that mixes two settings."""
+    args = ("--data", phantom, "--lvlm", "nearest", "--checkpoint", run_dir, "--out", "p.jsonl")
+    whole, _ = call(*args, "--k", 4, "--json", "p.json")
+    lines = open("p.jsonl", "rb").read().splitlines(keepends=True)
+    rows = data.read_manifest(phantom, "test")
+    asked = sorted((row["image"], region["phrase"]) for row in rows for region in row["regions"])
+    assert sorted((row["image"], row["phrase"])
+                  for row in metrics.read_predictions("p.jsonl")) == asked
+    with open("p.jsonl", "wb") as file:
+        file.write(b"".join(lines[:7]) + lines[7][:20])
+    again, _ = call(*args, "--k", 4)
+    assert sorted(open("p.jsonl", "rb")) == sorted(lines) and "7 phrases were done before" in again
+    table = [line for line in whole.splitlines() if line.startswith(("nearest", "phrase prior"))]
+    assert len(table) == 3 and all(line in again for line in table)
+    scores = json.load(open("p.json"))
+    assert scores["grounding"] == metrics.grounding_metrics(metrics.read_predictions("p.jsonl"))
+    prior = metrics.phrase_prior(data.read_manifest(phantom, "train"))
+    wanted = [{"image": row["image"], "boxes": region["boxes"], "pred": prior(region["phrase"])}
+              for row in rows for region in row["regions"]]
+    assert scores["prior"] == metrics.grounding_metrics(wanted)
+    assert whole.splitlines()[-1].endswith("Next: python metrics.py p.jsonl")
+    with pytest.raises(icl_ground.IclError, match="was made with {'k': 4}, now {'k': 3}"):
+        call(*args, "--k", 3)
+
+
+def test_two_ranks_share_a_file(call, phantom, run_dir, monkeypatch):
+    """Guards against images that two processes both take, or neither."""
+    args = ("--data", phantom, "--lvlm", "prior", "--checkpoint", run_dir, "--out")
+    call(*args, "one.jsonl")
+    for rank in (1, 0):
+        monkeypatch.setattr(icl_ground.retrieve, "ranks", lambda: (rank, 2))
+        out, _ = call(*args, "two.jsonl")
+    assert sorted(open("one.jsonl")) == sorted(open("two.jsonl"))
+    assert "phrase" in out
+
+
+def test_several_encoders_and_k_make_table_2(call, phantom, run_dir, tmp_path):
+    """Guards against encoders or k that overwrite each other, and demonstrations of a small k that
+    are not the first of a larger one's."""
+    shutil.copytree(run_dir, tmp_path / "other")
+    args = ("--data", phantom, "--lvlm", "nearest")
+    out, _ = call(*args, "--encoders", run_dir, "other", "--k", 1, 3, "--out", "p.jsonl")
+    names = [f"nearest, {encoder}, k={k}" for encoder in (run_dir, "other") for k in (1, 3)]
+    rows = [line for line in out.splitlines() if "[" in line and "k=" in line]
+    assert [line.split("  ")[0] for line in rows] == names
+    files = out.splitlines()[-1].split("metrics.py ")[1].split()
+    assert sorted(files) == sorted(path.name for path in tmp_path.glob("*.jsonl"))
+    call(*args, "--checkpoint", run_dir, "--k", 1, "--out", "single.jsonl")
+    assert open("single.jsonl").read() == open(files[0]).read() == open(files[2]).read()
+    assert open(files[0]).read() != open(files[1]).read()
+
+
+def test_shown_prompt_is_what_is_sent(call, phantom, run_dir, lvlm_dir, processor, monkeypatch):
+    """Guards against a prompt that is printed by other means than the one that is sent."""
+    sent, ids = [], icl_ground.prompt_ids
+    monkeypatch.setattr(icl_ground, "prompt_ids", lambda *args: sent.append(ids(*args)) or sent[-1])
+    row = data.read_manifest(phantom, "test")[0]
+    out, _ = call("--image", row["path"], "--phrase", "A <eos> nodule.", "--data", phantom,
+                  "--lvlm", lvlm_dir, "--checkpoint", run_dir, "--max-new-tokens", 2, "--k", 3,
+                  "--show-prompt")
+    prompt = out.rstrip("\n").rsplit("\n", 1)[0]
+    token = processor.tokenizer.image_token
+    assert re.findall(f"{token} x 4: (.*?)<end_of_image>", prompt)[-1] == row["path"]
+    whole = re.sub(f"{token} x 4: .*?<", token * 4 + "<", prompt)
+    assert [processor.tokenizer(whole, add_special_tokens=False)["input_ids"]] == sent
+
+
+def test_overlay_draws_predictions_solid_and_the_truth_dashed():
+    """Guards against the two kinds of box being taken for each other, and boxes out of place."""
+    film = Image.new("L", (400, 200))
+    sheet = np.array(icl_ground.overlay(film, "words " * 30, [[0.1, 0.2, 0.4, 0.8]],
+                                        [[0.6, 0.2, 0.9, 0.8]], longest=400))
+    assert sheet.shape[1] == 400 and sheet.shape[0] > 200 + 26
+    top = sheet[40]                                            # the upper edge of both
+    solid, dashes = (np.flatnonzero((top == colour).all(1)) for colour in (
+        (255, 210, 31), (53, 224, 200)))
+    assert abs(solid[0] - 40) < 4 and abs(solid[-1] - 160) < 4 and (np.diff(solid) == 1).all()
+    assert abs(dashes[0] - 240) < 4 and abs(dashes[-1] - 360) < 26 and (np.diff(dashes) > 5).any()
+
+
+WRONG = [
+    (("--image", "x.png"), "--image and --phrase go together"),
+    (("--phrase", "x"), "--image and --phrase go together"),
+    (("--image", "x.png", "--phrase", " "), "--image and --phrase go together"),
+    (("--image", "x.png", "--phrase", "x", "--lvlm", "lofi"), "x.png: cannot be read"),
+    (("--k", "-1"), "--k .*wanted 0 or more"),
+    (("--lvlm", "nearest", "--k", 0), "wanted --k 1 or more"),
+    (("--lvlm", "prior", "--show-prompt"), "sends no prompt"),
+    (("--image", "x.png", "--phrase", "x", "--k", 1, 2), "one --k"),
+    (("--image", "x.png", "--phrase", "x", "--out", "x.jsonl"), "wanted a .png"),
+    (("--out", "x.csv"), "wanted a .jsonl"),
+    (("--device", "gpu"), "wanted cpu"),
+    (("--lvlm", "lofi", "--data", "nowhere"), "no such file"),
+    (("--lvlm", "lofi", "--checkpoint", "nowhere", "--data", "DATA"), "not a run folder"),
+    (("--lvlm", "nearest", "--encoders", "nowhere", "--data", "DATA"), "nowhere"),
+    (("--lvlm", "RUN", "--data", "DATA"), "cannot be loaded .*wanted a folder as save_pretrained"),
+    (("--lvlm", "nearest", "--pool", "TEST", "--checkpoint", "RUN", "--data", "DATA"),
+     "no phrase with boxes in its splits train and val")]
+
+
+@pytest.mark.parametrize("args, message", WRONG)
+def test_wrong_input_is_one_line(args, message, call, phantom, run_dir, tmp_path):
+    """Guards against a traceback, or a run that starts and leaves a file behind."""
+    rows = [line for line in open(phantom / "manifest.jsonl") if '"test"' in line]
+    (tmp_path / "manifest.jsonl").write_text("".join(rows))
+    (tmp_path / "images").symlink_to(phantom / "images")
+    names = {"DATA": phantom, "RUN": run_dir, "TEST": tmp_path}
+    with pytest.raises(ValueError, match=message) as error:
+        call(*(names.get(arg, arg) for arg in args))
+    assert len(str(error.value).splitlines()) == 1 and not list(tmp_path.glob("*.jsonl"))[1:]
+
+
+def test_gated_model_says_what_to_do_in_the_first_line(tmp_path):
+    """Guards against minutes of retries and a traceback where MedGemma cannot be had."""
+    command = [sys.executable, ROOT / "icl_ground.py", "--image", ROOT / ".github" / "phantom.png",
+               "--phrase", "Small left pleural effusion."]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and not done.stdout
+    line = done.stderr.splitlines()[0]
+    for part in ("google/medgemma-1.5-4b-it", "https://huggingface.co/google/medgemma-1.5-4b-it",
+                 "hf auth login", "local folder", "--lvlm lofi", "--lvlm nearest"):
+        assert part in line
