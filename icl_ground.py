@@ -326,9 +326,7 @@ class InContext:
         found = {path: self.features[path] for path in paths if path in self.features}
         new = [path for path in paths if path not in found]
         found.update(zip(new, self.encode(new)))
-        for path in paths[:-1]:
-            self.features.pop(path, None)
-            self.features[path] = found[path]
+        self.features.update((path, found[path]) for path in paths[:-1])
         size = found[paths[-1]].nbytes
         while len(self.features) * size > self.budget:
             del self.features[next(iter(self.features))]

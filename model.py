@@ -82,8 +82,8 @@ class Config:
 
 PAPER = Config()
 TINY = Config(
-    preset="tiny", encoder=None, llm=None, n_queries=25, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1400, epochs=250,
+    preset="tiny", encoder=None, llm=None, n_queries=16, lora_rank=0, llm_lora_rank=0,
+    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1600, epochs=250,
     batch_size=48, n_regions=3, max_target=40, augment=1.0, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
     text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=32, projection_size=128),

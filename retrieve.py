@@ -320,15 +320,20 @@ def candidates(near, wanted):
     return values, blocks.gather(1, place // BLOCK) * BLOCK + place % BLOCK
 
 
-def exact_products(queries, pool, index, group=16):
+def exact_products(queries, pool, index):
     """Products on the grid of queries (Q, D) with their candidates, pool[index (Q, C)] -> (Q, C).
 
-    A few queries at a time: one alone is too little for threads, many leave the caches."""
-    found = []
-    for some, i in zip(queries.split(group), index.split(group)):
-        rows = pool.index_select(0, i.flatten()).mul_(GRID).round_().double()
-        found.append(torch.bmm(on_grid(some)[:, None], rows.view(*i.shape, -1).mT)[:, 0])
-    return torch.cat(found)
+    In groups that fill a core's cache: less is too little for threads to share."""
+    n, width = index.shape[1], pool.shape[1]
+    group = max(1, min(8, torch.get_num_threads()) * 2 ** 21 // (n * width))
+    rows = pool.new_empty(min(group, len(index)), n, width, dtype=torch.double)
+    found = queries.new_empty(index.shape, dtype=torch.double)
+    for first in range(0, len(index), group):
+        i, here = index[first:first + group], slice(first, first + group)
+        near = rows[:len(i)]
+        near.copy_(pool.index_select(0, i.flatten()).mul_(GRID).round_().view(near.shape))
+        found[here] = torch.bmm(on_grid(queries[here])[:, None], near.mT)[:, 0]
+    return found
 
 
 @torch.no_grad()

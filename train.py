@@ -90,7 +90,7 @@ def parse_args():
                        "cosine to 0 (preset; paper: 3e-4)")
     group.add_argument("--augment", type=float, metavar="X", help="strength of crop, brightness "
                        "and contrast, boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of "
-                       "the film; not in the paper (preset: paper 0, tiny 1, on the phantom 0.4)")
+                       "the film; not in the paper (preset: paper 0, tiny 1, on the phantom 0.1)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -496,7 +496,7 @@ def build_model(args, start, rows):
     elif args.epochs:
         changed["steps"] = None
     if not args.data and args.augment is None:
-        changed["augment"] = 0.4                               # the phantom has its own variety
+        changed["augment"] = 0.1                               # the phantom has its own variety
     if start:
         model = LoFi.from_pretrained(start)
         if args.preset not in (None, model.config.preset):

@@ -441,6 +441,19 @@ def test_one_image(grounder, call, phantom, run_dir, lvlm_dir, tmp_path):
     assert "leave-one-out: 0 of 1" in err or grounder in ("lofi", "prior")
 
 
+def test_pixels_are_those_of_the_original(call, phantom, films, tmp_path):
+    """Guards against width and height taken for each other, and an image that the manifest must
+    know; the prior answers from the phrase alone."""
+    film = next(row["path"] for row in films if len(set(Image.open(row["path"]).size)) == 2)
+    out, _ = call("--image", film, "--phrase", "unheard of", "--data", phantom, "--lvlm", "prior",
+                  "--out", "there/x.png")
+    answer, (w, h) = json.loads(out), Image.open(film).size
+    [[x0, y0, x1, y1]] = answer["boxes"]
+    assert answer["pixels"] == [[round(x0 * w), round(y0 * h), round(x1 * w), round(y1 * h)]]
+    shape = Image.open(tmp_path / "there" / "x.png").size
+    assert "ground_truth" not in answer and shape[0] == round(w * 768 / max(w, h))
+
+
 def test_a_query_of_the_pool_is_left_out_and_said(call, phantom, run_dir):
     """Guards against leave-one-out that is not done where pool and query set are one."""
     out, _ = call("--data", phantom, "--split", "train", "--lvlm", "nearest", "--checkpoint",
@@ -482,9 +495,12 @@ def test_two_ranks_share_a_file(call, phantom, run_dir, monkeypatch):
     """Guards against images that two processes both take, or neither."""
     args = ("--data", phantom, "--lvlm", "prior", "--checkpoint", run_dir, "--out")
     call(*args, "one.jsonl")
+    rows = [row["image"] for row in data.read_manifest(phantom, "test")]
     for rank in (1, 0):
         monkeypatch.setattr(icl_ground.retrieve, "ranks", lambda: (rank, 2))
         out, _ = call(*args, "two.jsonl")
+        images = {row["image"] for row in metrics.read_predictions("two.jsonl")}
+        assert images == set(rows[1::2] if rank else rows)
     assert sorted(open("one.jsonl")) == sorted(open("two.jsonl"))
     assert "phrase" in out
 

@@ -292,7 +292,7 @@ def test_long_texts_are_cut_and_said(encoder, capsys):
 @pytest.fixture
 def studies(rows):
     """12 rows: two films of a study, reports of 1 to 3 sub-reports, one without a report."""
-    words = [s for row in rows for s in data.split_sentences(row["report"])]
+    words = 4 * [s for row in rows for s in data.split_sentences(row["report"])]
     few = [{**row, "report": " ".join(words[13 * i:13 * i + 1 + i])}
            for i, row in enumerate(rows[:12])]
     few[4] = {**few[4], "study": few[3]["study"]}
