@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from metrics import box_iou
@@ -181,6 +181,8 @@ def read_manifest(data, split=None):
 # ---- images: any mode to 8-bit grey -------------------------------------------------------------
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
+              Image.DecompressionBombWarning)
 
 
 def window_film(values):
@@ -210,8 +212,7 @@ def load_image(path, size=None):
                 image = Image.composite(image.convert("L"), Image.new("L", image.size),
                                         image.getchannel("A"))
             image = image.convert("L")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as an image "
                         f"({str(error) or type(error).__name__})")
     low, high = image.getextrema()
@@ -260,6 +261,17 @@ def sub_reports(report, length=5):
     """A report in pieces of five sentences, the last one shorter (Sec. 3.1)."""
     sentences = split_sentences(report)
     return [" ".join(sentences[i:i + length]) for i in range(0, len(sentences), length)]
+
+
+def sub_report_table(rows):
+    """Table 1's films and texts: of each study the first image with a report, and its sub-reports.
+
+    -> images: indices into rows; texts; owner: (texts,) the place in images of each text's film."""
+    first_of_study = {row["study"]: i for i, row in reversed(list(enumerate(rows)))
+                      if row["report"]}
+    images = sorted(first_of_study.values())
+    pairs = [(n, text) for n, i in enumerate(images) for text in sub_reports(rows[i]["report"])]
+    return images, [text for _, text in pairs], np.array([n for n, _ in pairs], int)
 
 
 def possible_tasks(row, objectives=TASKS):
@@ -646,8 +658,6 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
 
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, csv.Error, struct.error, zlib.error,
            zipfile.BadZipFile)
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
-              Image.DecompressionBombWarning)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.loftq_utils import SafetensorError
 from torch import nn
 from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, SiglipConfig,
-                          SiglipImageProcessor, SiglipModel)
+                          SiglipModel)
 from transformers.modeling_utils import load_state_dict as load_safetensors, safe_save_file
 
 import data
@@ -419,6 +419,7 @@ def read_config(folder):
 
 def export(run, out):
     """Merge LoRA into a plain SiglipModel folder, which transformers loads without this code."""
+    from transformers import SiglipImageProcessor              # speaks of torchvision as it loads
     model = LoFi.from_pretrained(run)
     siglip = model.siglip.merge_and_unload() if model.config.lora_rank else model.siglip
     out = Path(out)

@@ -320,19 +320,19 @@ def candidates(near, wanted):
     return values, blocks.gather(1, place // BLOCK) * BLOCK + place % BLOCK
 
 
-def exact_products(queries, pool, index):
+def exact_products(queries, pool, index, single, double):
     """Products on the grid of queries (Q, D) with their candidates, pool[index (Q, C)] -> (Q, C).
 
-    In groups that fill a core's cache: less is too little for threads to share."""
-    n, width = index.shape[1], pool.shape[1]
-    group = max(1, min(8, torch.get_num_threads()) * 2 ** 21 // (n * width))
-    rows = pool.new_empty(min(group, len(index)), n, width, dtype=torch.double)
-    found = queries.new_empty(index.shape, dtype=torch.double)
+    single, double: (G * C, D) float32 and float64 to work in. Many queries at a time, not one each:
+    threads that meet after every small step wait for each other on a busy machine."""
+    found, group = queries.new_empty(index.shape, dtype=torch.double), len(single) // index.shape[1]
     for first in range(0, len(index), group):
-        i, here = index[first:first + group], slice(first, first + group)
-        near = rows[:len(i)]
-        near.copy_(pool.index_select(0, i.flatten()).mul_(GRID).round_().view(near.shape))
-        found[here] = torch.bmm(on_grid(queries[here])[:, None], near.mT)[:, 0]
+        some, i = queries[first:first + group], index[first:first + group]
+        rows, exact = single[:i.numel()], double[:i.numel()]
+        torch.index_select(pool, 0, i.flatten(), out=rows)
+        exact.copy_(rows.mul_(GRID).round_())
+        rows_of_query = exact.view(*i.shape, -1)                                   # (G, C, D)
+        found[first:first + group] = (rows_of_query @ on_grid(some)[:, :, None])[..., 0]
     return found
 
 
@@ -345,7 +345,8 @@ def top_k(queries, pool, k, chunk=2 ** 26):
     machine; so the best k + 8 of a float32 matmul are compared in exact arithmetic, and where one
     beyond them could belong, by the bound on float32's error, the whole pool is. The result depends
     on nothing but the vectors (of which another machine's encoder may give other last bits).
-    chunk: similarities held at a time. Raises RetrieveError if k is not 1 to N."""
+    chunk: similarities held at a time; the rest takes less than twice their memory. Raises
+    RetrieveError if k is not 1 to N."""
     n, width = pool.shape
     check_k(k, n)
     for x in (queries, pool):
@@ -353,6 +354,9 @@ def top_k(queries, pool, k, chunk=2 ** 26):
     wanted, error = min(k + SPARE, n), width * 2.0 ** -23      # of float32, the grid included
     step = min(max(1, chunk // n), max(1, len(queries)))
     table = torch.full((step, -(-n // BLOCK) * BLOCK), -math.inf, device=pool.device)
+    group = max(1, min(step, chunk // 2 // (wanted * width)))
+    single = pool.new_empty(group * wanted, width)
+    double = pool.new_empty(group * wanted, width, dtype=torch.double)
     similarity = torch.empty(len(queries), k, dtype=torch.double, device=pool.device)
     index = torch.empty(len(queries), k, dtype=torch.long, device=pool.device)
     unsure = torch.zeros(len(queries), dtype=torch.bool, device=pool.device)
@@ -362,7 +366,8 @@ def top_k(queries, pool, k, chunk=2 ** 26):
         torch.mm(some, pool.T, out=near[:, :n])                                    # (step, N)
         values, found = candidates(near, wanted)
         found = found.sort(1).values                           # lower index first, where they tie
-        exact, order = exact_products(some, pool, found).sort(dim=1, descending=True, stable=True)
+        exact = exact_products(some, pool, found, single, double)
+        exact, order = exact.sort(dim=1, descending=True, stable=True)
         similarity[here], index[here] = exact[:, :k], found.gather(1, order)[:, :k]
         if wanted < n:
             unsure[here] = exact[:, k - 1] <= (values[:, -1].double() + error) * GRID ** 2
@@ -375,24 +380,8 @@ def top_k(queries, pool, k, chunk=2 ** 26):
 
 # ---- Table 1 ------------------------------------------------------------------------------------
 
-def sub_report_table(rows):
-    """Table 1's films and texts: the first image with a report of each study, and its report in
-    pieces of five sentences (Sec. 3.1).
-
-    -> images: indices into rows; texts; owner: (texts,) the place in images of each text's film."""
-    first_of_study = {row["study"]: i for i, row in reversed(list(enumerate(rows)))
-                      if row["report"]}
-    images = sorted(first_of_study.values())
-    pairs = [(n, text) for n, i in enumerate(images)
-             for text in data.sub_reports(rows[i]["report"])]
-    if not pairs:
-        raise RetrieveError("no film of the split has a report, and Table 1 ranks reports; give "
-                            "other --data or --split, or search with --image")
-    return images, [text for _, text in pairs], np.array([n for n, _ in pairs])
-
-
 def table_1(encoder, table, image_emb):
-    """R@K both ways -> {"i2t": .., "t2i": ..}. table: of sub_report_table; image_emb: of all its
+    """R@K both ways -> {"i2t": .., "t2i": ..}. table: data.sub_report_table; image_emb: of all its
     rows. A film finds its report with any of the sub-reports, a sub-report its one film."""
     images, texts, owner = table
     films = image_emb[images].to(encoder.device)
@@ -451,7 +440,10 @@ def shared_findings(rows, image_emb, k=5, most=2000):
 def evaluate(args, path, rows, device):
     """Print Table 1, a row a checkpoint, and the neighbours. -> {checkpoint: what --json holds}"""
     rows, results = pool_of(path, rows, args.split), {}
-    table = sub_report_table(rows)
+    table = data.sub_report_table(rows)
+    if not table[1]:
+        raise RetrieveError("no film of the split has a report, and Table 1 ranks reports; give "
+                            "other --data or --split, or search with --image")
     for source in args.checkpoint:
         began, encoder = time.time(), load_encoder(source, device)
         image_emb = image_embeddings(encoder, path, rows, args.batch_size)

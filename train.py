@@ -357,15 +357,10 @@ def evaluate(model, rows, prior, batch_size=64):
 
 def retrieval(model, rows, image_emb, batch_size=256):
     """Table 1: R@K image-to-text and text-to-image -> {"i2t": .., "t2i": ..}."""
-    first_of_study = {row["study"]: i for i, row in reversed(list(enumerate(rows)))
-                      if row["report"]}
-    images = sorted(first_of_study.values())
-    texts = [(n, text) for n, i in enumerate(images)
-             for text in data.sub_reports(rows[i]["report"])]
+    images, texts, owner = data.sub_report_table(rows)
     if not texts:
         return {}
-    owner = np.array([n for n, _ in texts])
-    text_emb = torch.cat([model.encode_text([text for _, text in texts[i:i + batch_size]])
+    text_emb = torch.cat([model.encode_text(texts[i:i + batch_size])
                           for i in range(0, len(texts), batch_size)])
     similarity = image_emb[images] @ text_emb.T
     every = np.arange(len(images))
