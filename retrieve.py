@@ -320,33 +320,35 @@ def candidates(near, wanted):
     return values, blocks.gather(1, place // BLOCK) * BLOCK + place % BLOCK
 
 
-def exact_products(queries, pool, index, single, double):
+def exact_products(queries, pool, index):
     """Products on the grid of queries (Q, D) with their candidates, pool[index (Q, C)] -> (Q, C).
 
-    single, double: (G * C, D) float32 and float64 to work in. Many queries at a time, not one each:
-    threads that meet after every small step wait for each other on a busy machine."""
-    found, group = queries.new_empty(index.shape, dtype=torch.double), len(single) // index.shape[1]
-    for first in range(0, len(index), group):
-        some, i = queries[first:first + group], index[first:first + group]
-        rows, exact = single[:i.numel()], double[:i.numel()]
-        torch.index_select(pool, 0, i.flatten(), out=rows)
-        exact.copy_(rows.mul_(GRID).round_())
-        rows_of_query = exact.view(*i.shape, -1)                                   # (G, C, D)
-        found[first:first + group] = (rows_of_query @ on_grid(some)[:, :, None])[..., 0]
-    return found
+    Threads of our own, a query at a time, which fits a core's cache: torch's would meet after each
+    small step, and on a busy machine wait there longer than they work."""
+    queries, pool, index = on_grid(queries).numpy(), pool.numpy(), index.numpy()
+    found, threads = np.empty(index.shape), torch.get_num_threads()
+
+    def work(part):
+        for i in part:
+            rows = pool.take(index[i], axis=0)                                     # (C, D)
+            rows = np.rint(np.multiply(rows, np.float32(GRID), out=rows), out=rows).astype(float)
+            found[i] = np.einsum("cd,d->c", rows, queries[i])
+    with ThreadPoolExecutor(threads) as workers:
+        list(workers.map(work, np.array_split(np.arange(len(index)), threads)))
+    return torch.from_numpy(found)
 
 
 @torch.no_grad()
 def top_k(queries, pool, k, chunk=2 ** 26):
     """The k largest cosines of each query with the pool -> (similarity (Q, k), index (Q, k)).
 
-    queries (Q, D), pool (N, D): float32 of unit length, on one device. Best first, ties by lower
-    index. torch.topk promises no order of ties, and a matmul's last bits depend on shape and
-    machine; so the best k + 8 of a float32 matmul are compared in exact arithmetic, and where one
-    beyond them could belong, by the bound on float32's error, the whole pool is. The result depends
-    on nothing but the vectors (of which another machine's encoder may give other last bits).
-    chunk: similarities held at a time; the rest takes less than twice their memory. Raises
-    RetrieveError if k is not 1 to N."""
+    queries (Q, D), pool (N, D): float32 of unit length, on one device; the result is on the CPU,
+    best first, ties by lower index. torch.topk promises no order of ties, and a matmul's last bits
+    depend on shape and machine; so the best k + 8 of a float32 matmul are compared in exact
+    arithmetic, and where one beyond them could belong, by the bound on float32's error, the whole
+    pool is. The result depends on nothing but the vectors (of which another machine's encoder may
+    give other last bits). chunk: similarities held at a time. Raises RetrieveError if k is not 1 to
+    N."""
     n, width = pool.shape
     check_k(k, n)
     for x in (queries, pool):
@@ -354,19 +356,16 @@ def top_k(queries, pool, k, chunk=2 ** 26):
     wanted, error = min(k + SPARE, n), width * 2.0 ** -23      # of float32, the grid included
     step = min(max(1, chunk // n), max(1, len(queries)))
     table = torch.full((step, -(-n // BLOCK) * BLOCK), -math.inf, device=pool.device)
-    group = max(1, min(step, chunk // 2 // (wanted * width)))
-    single = pool.new_empty(group * wanted, width)
-    double = pool.new_empty(group * wanted, width, dtype=torch.double)
-    similarity = torch.empty(len(queries), k, dtype=torch.double, device=pool.device)
-    index = torch.empty(len(queries), k, dtype=torch.long, device=pool.device)
-    unsure = torch.zeros(len(queries), dtype=torch.bool, device=pool.device)
+    own_queries, own_pool = queries.detach().cpu(), pool.detach().cpu()
+    similarity = torch.empty(len(queries), k, dtype=torch.double)
+    index, unsure = torch.empty(len(queries), k, dtype=torch.long), torch.zeros(len(queries)).bool()
     for first in range(0, len(queries), step):
-        some, here = queries[first:first + step], slice(first, first + step)
-        near = table[:len(some)]
-        torch.mm(some, pool.T, out=near[:, :n])                                    # (step, N)
-        values, found = candidates(near, wanted)
+        here = slice(first, first + step)
+        near = table[:len(queries[here])]
+        torch.mm(queries[here], pool.T, out=near[:, :n])                           # (step, N)
+        values, found = (x.cpu() for x in candidates(near, wanted))                # (step, wanted)
         found = found.sort(1).values                           # lower index first, where they tie
-        exact = exact_products(some, pool, found, single, double)
+        exact = exact_products(own_queries[here], own_pool, found)
         exact, order = exact.sort(dim=1, descending=True, stable=True)
         similarity[here], index[here] = exact[:, :k], found.gather(1, order)[:, :k]
         if wanted < n:
@@ -374,7 +373,7 @@ def top_k(queries, pool, k, chunk=2 ** 26):
     rest, step = unsure.nonzero()[:, 0], max(1, chunk // 8 // n)
     for first in range(0, len(rest), step):
         some = rest[first:first + step]
-        similarity[some], index[some] = best_of_all(queries[some], pool, k)
+        similarity[some], index[some] = best_of_all(own_queries[some], own_pool, k)
     return (similarity / GRID ** 2).float(), index
 
 
@@ -386,7 +385,7 @@ def table_1(encoder, table, image_emb):
     images, texts, owner = table
     films = image_emb[images].to(encoder.device)
     texts, every = text_embeddings(encoder, texts).to(encoder.device), np.arange(len(images))
-    best = lambda queries, pool: top_k(queries, pool, min(40, len(pool)))[1].cpu().numpy()
+    best = lambda queries, pool: top_k(queries, pool, min(40, len(pool)))[1].numpy()
     return {"i2t": metrics.recall_at_k(best(films, texts), every, owner),
             "t2i": metrics.recall_at_k(best(texts, films), owner, every)}
 

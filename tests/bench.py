@@ -46,7 +46,7 @@ def peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def bench_retrieve(n_queries=20_000, n=100_000, width=1152, piece=2000):
+def bench_retrieve(n_queries=20_000, n=100_000, width=1152, piece=4000):
     """top_k against a bare matmul in pieces that take turns, then R@K of a tenth of the queries."""
     import torch
 
