@@ -324,7 +324,7 @@ def test_phantom_is_the_same_for_the_same_seed(tmp_path):
 
 def test_phantom_is_rich_and_its_phrase_prior_low(tmp_path):
     """Guards: a phantom whose phrases give the boxes away, or whose reports repeat."""
-    folder = data.make_phantom(tmp_path / "p", {"train": 900, "test": 400}, 1, quiet=True)
+    folder = data.make_phantom(tmp_path / "p", {"train": 900, "test": 400}, quiet=True)
     train, test = (data.read_manifest(folder, split) for split in ("train", "test"))
     reports = Counter(tuple(sorted(data.split_sentences(row["report"]))) for row in test)
     assert len(reports) > 0.9 * len(test)
