@@ -106,7 +106,7 @@ def grid_code(n, width, heads):
     A head of h channels holds h / 4 frequencies of x and of y, from half a period over the film to
     one period in four patches of an 8 x 8 grid; equal places have the largest product."""
     n_frequencies = width // heads // 4
-    frequency = torch.pi * 2 ** torch.linspace(0, 2, n_frequencies)
+    frequency = torch.pi * torch.linspace(0, 2, n_frequencies).exp2()
     place = (torch.arange(n) + 0.5) / n
     y, x = torch.meshgrid(place, place, indexing="ij")
     angle = torch.stack([x, y], -1).view(n * n, 2, 1) * frequency                  # (n * n, 2, h/4)
