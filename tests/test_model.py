@@ -46,7 +46,7 @@ def test_paper_sizes():
         assert sum(p.numel() for p in llm.parameters()) == 268_098_176
         full = [i for i, kind in enumerate(llm.config.layer_types) if kind == "full_attention"]
         assert full == [5, 11, 17]
-        model = LoFi(PAPER, siglip, llm, None, None)
+    model = LoFi(PAPER, siglip, llm, None, None)
     count = lambda part: sum(p.numel() for p in lora(part).values())
     assert count(model.siglip) == 7_962_624 and count(model.llm) == 184_320
     assert model.pooling.queries.shape == (64, 1152)
