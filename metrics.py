@@ -65,6 +65,19 @@ def precision_at_k(ranked, query_labels, candidate_labels, ks=(1, 2, 5, 10)):
     return {f"P@{k}": float(match[:, :k].mean()) for k in ks}
 
 
+def auroc(scores, labels):
+    """P(a positive scores above a negative), ties half. scores: (N,), labels: (N,) bool.
+
+    Zero-shot classification, not in the paper's tables. Scores .9, .4, .4 of labels 1, 1, 0: 0.75.
+    NaN where a class is empty."""
+    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    negatives = np.sort(scores[~labels])
+    if not labels.any() or not len(negatives):
+        return float("nan")
+    below = [np.searchsorted(negatives, scores[labels], side) for side in ("left", "right")]
+    return float(np.mean(below) / len(negatives))
+
+
 # ---- boxes ---------------------------------------------------------------------------------------
 
 def as_boxes(boxes):
@@ -97,6 +110,24 @@ def box_giou(a, b):
     (0, 0, .2, .2) and (.4, 0, .6, .2): 0 - (.12 - .08) / .12 = -1/3."""
     inter, union, hull = box_areas(a, b)
     return inter / union - (hull - union) / hull
+
+
+def contrast_to_noise_ratio(heat, boxes):
+    """CNR = |mean inside - mean outside| / sqrt(var inside + var outside) (Boecking et al. 2022).
+
+    heat: (H, W) a phrase's heat map over the film; inside: pixels whose centre is in a box. Not in
+    the paper's tables. NaN where no pixel is inside, or none outside.
+    [[1, 1], [1, 5]] and the lower half: |3 - 1| / sqrt(4 + 0) = 1."""
+    heat = np.asarray(heat, float)
+    y, x = ((np.arange(n) + 0.5) / n for n in heat.shape)
+    inside = np.zeros(heat.shape, bool)
+    for x0, y0, x1, y1 in boxes:
+        inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
+    if inside.all() or not inside.any():
+        return float("nan")
+    a, b = heat[inside], heat[~inside]
+    noise = np.sqrt(a.var() + b.var())
+    return float(abs(a.mean() - b.mean()) / noise) if noise else 0.0
 
 
 # ---- one-to-one matching -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -414,3 +415,24 @@ def test_help_is_the_manual(tmp_path):
     for wanted in ("--json PATH", "--bootstrap N", "--by {phrase}", "default: 1000", '"boxes"',
                    "95 % intervals"):
         assert wanted in text
+
+
+def test_auroc_is_the_share_of_ordered_pairs():
+    """Guards: ties counted whole; classes swapped; scores by plain loops over all pairs."""
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        scores, labels = rng.integers(0, 6, 30) / 5, rng.random(30) < 0.4
+        pairs = [(a > b) + (a == b) / 2 for a in scores[labels] for b in scores[~labels]]
+        assert metrics.auroc(scores, labels) == pytest.approx(np.mean(pairs))
+    assert metrics.auroc([.9, .4, .4], [1, 1, 0]) == 0.75
+    assert math.isnan(metrics.auroc([1.0, 2.0], [True, True]))
+
+
+def test_contrast_to_noise_ratio_by_hand():
+    """Guards: x and y swapped; a union of boxes counted twice; a division by zero."""
+    heat = [[1, 1], [1, 5]]
+    assert metrics.contrast_to_noise_ratio(heat, [[0, .5, 1, 1]]) == pytest.approx(1)
+    assert metrics.contrast_to_noise_ratio(heat, [[0, .5, 1, 1]] * 2) == pytest.approx(1)
+    assert metrics.contrast_to_noise_ratio([[1, 1, 7]], [[0, 0, .5, 1]]) == pytest.approx(1)
+    assert metrics.contrast_to_noise_ratio([[2, 2], [2, 2]], [[0, 0, .5, 1]]) == 0
+    assert math.isnan(metrics.contrast_to_noise_ratio(heat, [[0, 0, .1, .1]]))
