@@ -4,6 +4,7 @@
     icl          in-context grounding: the shared prefix against one call per phrase
     prepare      the converters: rows a second, resized images a second
     train        train.py's loop against the bare step, the Trainer and the naive formulation
+    hints        on the default run: does a box follow "left" and "right" in its phrase?
 
 Machines are shared and differ, so a figure alone says little: compare the ratios.
 """
@@ -464,7 +465,8 @@ def bench_train(steps=60, batch_size=48):
         a, flops = torch.randn(2048, 2048), counter.get_total_flops()
         peak = 2 * 2048 ** 3 / seconds_of(lambda: a @ a, 10)
         figures |= {"GFLOP a step": flops / 1e9, "GFLOP/s of the bare step": flops / between / 1e9,
-                    "GFLOP/s of a matmul": peak / 1e9, "share of the matmul's": flops / between / peak}
+                    "GFLOP/s of a matmul": peak / 1e9,
+                    "share of the matmul's": flops / between / peak}
         figures |= parts_of_a_step(model, optimizer, dataset, collate, batches[0])
     return figures
 
@@ -499,9 +501,35 @@ def parts_of_a_step(model, optimizer, dataset, collate, batch, times=5):
     return {f"{name}, ms": 1000 * seconds_of(work, times) for name, work in parts.items()}
 
 
+# ---- hints --------------------------------------------------------------------------------------
+
+def bench_hints(run="runs/phantom", folder="runs/phantom_data"):
+    """Each boxed test phrase that names a side, and the same with the other side: does LoFi's box
+    follow the words? Only one of the two findings is on the film."""
+    from model import LoFi
+    model, moved = LoFi.from_pretrained(run), []
+    other = {"left": "right", "right": "left"}
+    for row in data.read_manifest(folder, "test"):
+        for region in row["regions"]:
+            side = next((side for side in other if side in region["phrase"]), None)
+            if not side or not region["boxes"]:
+                continue
+            swapped = region["phrase"].replace(side, other[side])
+            found = model.ground(row["path"], [region["phrase"], swapped])
+            if all(found):
+                own, hinted = ((boxes[0][0] + boxes[0][2]) / 2 for boxes in found)
+                toward = own - hinted if side == "left" else hinted - own
+                moved.append(toward)                           # the patient's left: larger x
+    return {"phrases with a side, both answered": len(moved),
+            "box moves to the hinted side": float(np.mean(np.array(moved) > 0)),
+            "by more than a tenth of the film": float(np.mean(np.array(moved) > 0.1)),
+            "mean move, of the film's width": float(np.mean(moved))}
+
+
 # ---- command line -------------------------------------------------------------------------------
 
-BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": prepare, "train": bench_train}
+BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": prepare,
+              "train": bench_train, "hints": bench_hints}
 
 
 def main():
