@@ -29,6 +29,7 @@ import shutil
 import signal
 import struct
 import sys
+import textwrap
 import threading
 import warnings
 import zipfile
@@ -40,7 +41,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from metrics import box_iou
@@ -58,6 +59,29 @@ TASK_WEIGHT = {"c": 2, "g": 1, "d": 1}  # L_c and L_g,d "contribute equally" (Se
 
 class DataError(ValueError):
     """The data are not as they should be; the message is one line for the person who gave them."""
+
+
+def write_whole(path, write):
+    """write(draft), then rename it to path: whole or not there, its folder made where it is
+    missing. Raises DataError where the disk cannot take it."""
+    path = Path(path)
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(draft)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:                   # RuntimeError: torch's word for it
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be written ({reason}); once it can, run the same command "
+                        "again")
+    finally:
+        if os.path.lexists(draft):
+            draft.unlink()
+
+
+def write_json(path, value):
+    """A JSON file, whole or not there. Raises DataError."""
+    write_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 # ---- boxes as text: integers in [0, 1000], x first, in a fixed order (Sec. 2.0.4) ---------------
@@ -242,6 +266,30 @@ def augment(image, regions, size, strength, rng):
         if (left > area * 2 / 3).all():
             kept.append({**region, "boxes": inside.tolist()})
     return film, kept
+
+
+# ---- pictures of films with their boxes ---------------------------------------------------------
+
+def draw_boxes(film, regions):
+    """Draw boxes, and the start of their phrases above them, on a film (PIL "RGB"), in place."""
+    pen, (w, h), font = ImageDraw.Draw(film), film.size, ImageFont.load_default(13)
+    boxes = [([x0 * (w - 1), y0 * (h - 1), x1 * (w - 1), y1 * (h - 1)],
+              textwrap.shorten(region["phrase"], 44, placeholder=" ..."))
+             for region in regions for x0, y0, x1, y1 in region["boxes"]]
+    for (x, y, *_), phrase in boxes:
+        place = max(2, min(x, w - 4 - pen.textlength(phrase, font))), y - 17 if y > 19 else y + 3
+        pen.text(place, phrase, "yellow", font, stroke_width=2, stroke_fill="black")
+    for box, _ in boxes:                                       # last: no phrase hides an edge
+        pen.rectangle(box, outline="yellow", width=2)
+
+
+def tile(cells, columns):
+    """Pictures of one size, row by row on one sheet -> PIL image."""
+    w, h = cells[0].size
+    sheet = Image.new("RGB", (w * min(columns, len(cells)), h * math.ceil(len(cells) / columns)))
+    for n, cell in enumerate(cells):
+        sheet.paste(cell, (n % columns * w, n // columns * h))
+    return sheet
 
 
 # ---- samples: what one image gives a training step ----------------------------------------------
@@ -433,8 +481,8 @@ RIGHT_LUNG = [(-.14, -.62), (-.26, -.74), (-.42, -.70), (-.56, -.48), (-.66, -.1
               (-.73, .56), (-.58, .46), (-.38, .40), (-.20, .50), (-.14, .28), (-.21, .02),
               (-.15, -.25)]
 ZONES = {"upper": -.42, "mid": -.06, "lower": .27}              # centres, y
-SIZES = {"small": .35, "moderate": .45, "large": .57}           # widths
-HEART = {"mildly": .58, "moderately": .66, "severely": .75}     # left border, x; .46 is normal
+SIZES = {"small": .35, "moderate": .47, "large": .62}           # widths
+HEART = {"mildly": .58, "moderately": .68, "severely": .80}     # left border, x; .46 is normal
 FINDINGS = {"nodule": "{Size} {side} {zone} zone nodule.",
             "cavity": "{Size} cavity in the {side} {zone} zone.",
             "consolidation": "{Size} {side} {zone} zone consolidation.",
@@ -454,7 +502,7 @@ class Film:
     def __init__(self, rng, n):
         self.rng, self.n = rng, n
         self.scale = rng.uniform(.70, 1.06) / 2 * np.array([1, rng.uniform(.9, 1.12)])
-        self.centre = .5 + rng.uniform(-.11, .11, 2)
+        self.centre = .5 + rng.uniform(-.12, .12, 2)
         self.pixels = np.full((n, n), 14, np.float32)
 
     def place(self, points):
@@ -538,18 +586,18 @@ def draw_nodule(film, side, zone, width):
 def draw_cavity(film, side, zone, width):
     x, y = place_in_zone(film, side, zone)
     outline = ellipse(x, y, width / 2, width / 2 * film.rng.uniform(.8, 1.2))
-    inside = (outline - (x, y)) * .62 + (x, y)
-    film.add(film.mask(outline, blur=.005) - film.mask(inside, blur=.005), 96)
+    inside = (outline - (x, y)) * .55 + (x, y)
+    film.add(film.mask(outline, blur=.005) - film.mask(inside, blur=.005), 112)
     film.add(film.mask(inside, blur=.005), -30)
     return [outline]
 
 
 def draw_consolidation(film, side, zone, width):
     rng, (x, y) = film.rng, place_in_zone(film, side, zone)
-    wobble = 1 + .18 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6)
+    wobble = 1 + .12 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6)
                               + rng.uniform(0, 6))
-    outline = ellipse(x, y, .68 * width, .68 * width * rng.uniform(.55, .85), wobble)
-    film.add(film.mask(outline, blur=.012) * (1 + noise(rng, 24, film.n, .4)), 56)
+    outline = ellipse(x, y, .62 * width, .62 * width * rng.uniform(.55, .85), wobble)
+    film.add(film.mask(outline, blur=.012) * (1 + noise(rng, 24, film.n, .3)), 66)
     return [outline]
 
 
@@ -562,11 +610,11 @@ def draw_effusion(film, side, _, width):
 
 
 def draw_pneumothorax(film, side, _, width):
-    edge, base = width * film.rng.uniform(.55, .75), -.72 + 1.9 * width * film.rng.uniform(.9, 1.1)
+    edge, base = width * film.rng.uniform(.6, .8), -.78 + 2 * width * film.rng.uniform(.95, 1.05)
     line = [(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge), (-.70, base)]
     outline = mirror([(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
                      + line[::-1], side)
-    film.add(film.mask(outline, blur=.004), -34)
+    film.add(film.mask(outline, blur=.004), -48)
     film.add(film.mask(mirror(line, side), blur=.002, line=.012), 70)
     return [outline]
 
@@ -574,7 +622,7 @@ def draw_pneumothorax(film, side, _, width):
 def draw_pacemaker(film, side, *_):
     rng = film.rng
     x, y = rng.uniform(-.70, -.36), rng.uniform(-.72, -.30)
-    outline = mirror(ellipse(x, y, rng.uniform(.17, .23), rng.uniform(.13, .18)), side)
+    outline = mirror(ellipse(x, y, rng.uniform(.20, .26), rng.uniform(.16, .21)), side)
     lead = mirror([(x, y), (-.16, y - .1), (-.02, -.1), (-.10 if side == "right" else .10, .38)],
                   side)
     film.add(film.mask(lead, blur=.002, line=.009), 80)
@@ -611,7 +659,7 @@ def draw_phantom(rng, n=96):
             "pacemaker": draw_pacemaker, "heart": lambda *_: [heart]}
     regions = []
     for kind, side, zone, size in findings:
-        width = SIZES[size] * rng.uniform(.9, 1.1)
+        width = SIZES[size] * rng.uniform(.94, 1.06)
         phrase = FINDINGS[kind].format(side=side, zone=zone, Size=size.capitalize(),
                                        degree=degree[size])
         regions.append({"phrase": phrase,
@@ -645,7 +693,7 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     shutil.rmtree(draft, ignore_errors=True)
     (draft / "images").mkdir(parents=True)
     jobs = [(draft, split, i, seed) for split, n in sizes.items() for i in range(n)]
-    with (ProcessPoolExecutor(min(8, os.cpu_count())) as pool,
+    with (ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_worker) as pool,
           open(draft / "manifest.jsonl", "w") as manifest):
         for row in tqdm(pool.map(write_phantom, jobs, chunksize=50), "phantom", len(jobs),
                         unit="film", disable=quiet):
@@ -838,19 +886,6 @@ def parallel(work, jobs, workers):
                             "command with fewer --workers goes on where it was")
 
 
-def write_whole(path, chunks):
-    """Write bytes under a temporary name, then rename: a full disk leaves no half file."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with open(draft, "wb") as file:
-            file.writelines(chunks)
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); once it can, the "
-                        "same command goes on where it was")
-
-
 def shrink(job):
     """Write a film as an 8-bit JPEG, its short side `size` pixels, unless it is smaller.
 
@@ -872,10 +907,7 @@ def shrink(job):
     except UNREADABLE:
         return "unreadable image"
     if target:
-        whole = io.BytesIO()
-        film.save(whole, "JPEG", quality=95)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, [whole.getvalue()])
+        write_whole(target, lambda draft: film.save(draft, "JPEG", quality=95))
     return scale
 
 
@@ -958,9 +990,12 @@ def finish(rows, args, funnel, lost, published):
     notes = {"command": args.command, "arguments": given, "lost": lost, "funnel": tables,
              "published": published}
     keys = ("image", "study", "patient", "split", "report", "regions")
-    write_whole(args.out / "prepare.json", [json.dumps(notes, indent=2).encode() + b"\n"])
-    write_whole(args.out / "manifest.jsonl",
-                (json.dumps({key: row[key] for key in keys}).encode() + b"\n" for row in rows))
+
+    def write_manifest(draft):
+        with open(draft, "w") as file:
+            file.writelines(json.dumps({key: row[key] for key in keys}) + "\n" for row in rows)
+    write_json(args.out / "prepare.json", notes)
+    write_whole(args.out / "manifest.jsonl", write_manifest)
     print(f"wrote {args.out / 'manifest.jsonl'}; next: python data.py check {args.out}")
 
 
@@ -1253,22 +1288,6 @@ def prepare_ms_cxr(args):
 
 # ---- check ---------------------------------------------------------------------------------------
 
-def draw_rows(rows, path, size=320):
-    """Write a PNG of a few rows, four abreast, each film with its boxes and phrases."""
-    sheet = Image.new("RGB", (size * min(4, len(rows)), size * math.ceil(len(rows) / 4)))
-    for n, row in enumerate(rows):
-        film = load_image(row["path"], size).convert("RGB")
-        pen = ImageDraw.Draw(film)
-        for region in row["regions"]:
-            for box in region["boxes"]:
-                pen.rectangle([v * (size - 1) for v in box], outline="yellow")
-                x = min(box[0] * size + 3, size - 2 - pen.textlength(region["phrase"]))
-                pen.text((max(0, x), box[1] * size + 2), region["phrase"], fill="yellow")
-        sheet.paste(film, (size * (n % 4), size * (n // 4)))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
 def check(data, png):
     """Read every row and image of a data set, print every problem and the counts, draw eight rows.
 
@@ -1299,7 +1318,11 @@ def check(data, png):
               f"{min(shared)!r} for one")
     if rows:
         boxed = [row for row in rows if row["regions"]] or rows
-        draw_rows(boxed[::max(1, len(boxed) // 8)][:8], png)
+        films = []
+        for row in boxed[::max(1, len(boxed) // 8)][:8]:
+            films.append(load_image(row["path"], 320).convert("RGB"))
+            draw_boxes(films[-1], row["regions"])
+        write_whole(png, lambda draft: tile(films, 4).save(draft, "PNG"))
         print(f"drew {png}: look whether the boxes sit where the phrases say")
     print(f"{problems} problems in {len(rows) + problems} rows")
     return problems

@@ -45,7 +45,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 import data                                            # noqa: E402
 import metrics                                         # noqa: E402
 import retrieve                                        # noqa: E402
-from model import LoFi, SafetensorError                # noqa: E402
+from model import LoFi, SafetensorError, find_device   # noqa: E402
 
 MEDGEMMA = "google/medgemma-1.5-4b-it"                 # the paper's LVLM               (Sec. 2.0.4)
 
@@ -534,7 +534,7 @@ def ground_image(args, ground):
              for box in region["boxes"]]
     out = args.out or f"runs/{Path(args.image).stem}_grounded.png"
     sheet = overlay(film, args.phrase, boxes, truth)
-    retrieve.write_whole(out, lambda draft: sheet.save(draft, "PNG"))
+    data.write_whole(out, lambda draft: sheet.save(draft, "PNG"))
     pixels = [[round(v * n) for v, n in zip(box, film.size * 2)] for box in boxes]
     return {"image": args.image, "phrase": args.phrase, "boxes": boxes, "pixels": pixels,
             **({"ground_truth": truth} if truth else {}), "malformed": malformed, "raw": raw,
@@ -563,8 +563,7 @@ def read_done(out, settings):
         whole = out.read_bytes().rfind(b"\n") + 1
         os.truncate(out, whole)
         done = metrics.read_predictions(out) if whole else []
-    content = json.dumps(settings, indent=2) + "\n"
-    retrieve.write_whole(beside, lambda draft: draft.write_text(content))
+    data.write_json(beside, settings)
     return done
 
 
@@ -669,8 +668,7 @@ def ground_set(args, ground):
         print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
         result |= {"prior": prior["grounding"]} if prior else {}
     if args.json:
-        content = json.dumps(results if len(results) > 1 else results[name], indent=2) + "\n"
-        retrieve.write_whole(args.json, lambda draft: draft.write_text(content))
+        data.write_json(args.json, results if len(results) > 1 else results[name])
     print(f"\n{time.time() - began:.0f} s in all. Next: python metrics.py {' '.join(files)}")
 
 
@@ -757,7 +755,7 @@ def check_args(args):
 def main():
     args = parse_args()
     check_args(args)
-    args.device = retrieve.find_device(args.device)
+    args.device = find_device(args.device)
     if args.precision == "auto":
         args.precision = "fp32" if args.device.type == "cpu" else "bf16"
     args.encoders = args.encoders or [args.checkpoint]

@@ -3,6 +3,7 @@
     from model import LoFi
     model = LoFi.from_pretrained("runs/phantom")
     model.ground(image, ["The heart is enlarged."])        # -> boxes; also report, describe
+    python model.py ask RUN IMAGE --phrase WORDS ...       # boxes; also its report, or --box
     python model.py export RUN OUT                         # a plain SiglipModel folder, LoRA merged
 
 B images  P patches  V visual tokens (64)  T text tokens  D shared width  H LLM width
@@ -17,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +28,29 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.utils.loftq_utils import SafetensorError
 from torch import nn
-from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, SiglipConfig,
-                          SiglipModel)
-from transformers.modeling_utils import load_state_dict as load_safetensors, safe_save_file
+from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
+                          PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
+from transformers.modeling_utils import load_state_dict as load_safetensors
+from transformers.modeling_utils import safe_open, safe_save_file
 
 import data
 
 
 class ModelError(ValueError):
     """A model cannot be built or loaded; the message is one line that says what to do."""
+
+
+def find_device(name=None):
+    """--device -> torch.device; under torchrun each process takes its own GPU. Raises ModelError"""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ModelError(f"--device {name}: wanted cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
 
 
 # ---- hyper-parameters, each once ----------------------------------------------------------------
@@ -60,6 +76,7 @@ class Config:
     epochs: int | None = 10         #                                                   (Sec. 2.0.4)
     steps: int | None = None        # whichever of steps and epochs ends first
     batch_size: int = 16            #                                                   (Sec. 2.0.4)
+    min_batches: int = 1            # of an epoch; on a small set the batch shrinks to give them
     text_lr: float = 1.0            # rate of the text tower, as a share of lr
     scale_lr: float = 1.0           # rate of t' and b, as a share of lr
     warmup: float = 0.02            # share of the steps; not stated in the paper
@@ -81,15 +98,17 @@ class Config:
 
 
 PAPER = Config()
-TINY = Config(
-    preset="tiny", encoder=None, llm=None, n_queries=16, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=1600, epochs=250,
-    batch_size=48, n_regions=3, max_target=40, augment=1.0, cache=True, vocab_size=1024,
+TINY = Config(                          # for a few hundred films on a CPU
+    preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
+    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=3600, epochs=300,
+    batch_size=48, min_batches=12, n_regions=3, max_target=40, augment=1.0, cache=True,
+    vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
-    text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=32, projection_size=128),
-    decoder=dict(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2,
+    text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=24, projection_size=128),
+    decoder=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64,
                  initializer_range=0.08, hidden_activation="silu", max_position_embeddings=1024))
+PHANTOM = dataclasses.replace(TINY, steps=1300, augment=0.1)      # drawn films vary of themselves
 PRESETS = {"paper": PAPER, "tiny": TINY}
 
 # LoRA on the encoder layers alone: the suffix "out_proj" would also wrap the pooling head's, where
@@ -150,9 +169,9 @@ def load_part(cls, source, **options):
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{source}: no {cls.__name__} could be loaded ({reason}). Give a local folder, accept "
-            "the model's terms on huggingface.co and run `hf auth login`, or use --random-init or "
-            "--preset tiny")
+            f"{source}: no {cls.__name__} could be loaded ({reason}). Give a local folder, or "
+            "accept the model's terms on huggingface.co and run `hf auth login`; train.py's "
+            "--random-init and --preset tiny need neither")
 
 
 def build_encoder(config):
@@ -186,6 +205,8 @@ def find_tokenizer(source):
     """The tokenizer of a model id or folder; None if there is no source or it has no tokenizer."""
     try:
         return source and AutoTokenizer.from_pretrained(source)
+    except ImportError:                                        # SigLIP 1 names a class that wants
+        return PreTrainedTokenizerFast.from_pretrained(source)         # another package
     except (OSError, ValueError, KeyError):
         return None
 
@@ -220,7 +241,10 @@ def add_lora(part, rank, alpha, target_modules):
     """Freeze a part and wrap the named layers in LoRA; rank 0 leaves it whole and trainable."""
     if not rank:
         return part
-    return get_peft_model(part, LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules))
+    with warnings.catch_warnings():                            # peft asks by a name of older days
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(part, LoraConfig(r=rank, lora_alpha=alpha,
+                                               target_modules=target_modules))
 
 
 # ---- LoFi ---------------------------------------------------------------------------------------
@@ -252,10 +276,16 @@ class LoFi(nn.Module):
         return self.pooling.queries.device
 
     def compile_layers(self):
-        """torch.compile the layers of towers and LLM; one at a time, so that equal ones share it."""
+        """torch.compile the layers of towers and LLM, one at a time: equal ones share the work."""
         for layer in (*self.siglip.vision_model.encoder.layers,
                       *self.siglip.text_model.encoder.layers, *self.llm.get_decoder().layers):
             layer.compile()
+
+    def checkpoint_layers(self):
+        """Recompute activations in the backward pass: less memory, about a third slower."""
+        for part in (self.siglip, self.llm):
+            part.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False})
 
     # ---- encoders -------------------------------------------------------------------------------
 
@@ -357,6 +387,16 @@ class LoFi(nn.Module):
         prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text(boxes))
         return self.ask(image, [prompt], 96)[0]
 
+    @torch.inference_mode()
+    def heat_map(self, image, phrases):
+        """An image and n phrases -> (n, g, g): cosine of each phrase with each patch of the film.
+
+        The encoder's pooling head is shown one patch at a time; not in the paper."""
+        patches = self.encode_image(image, with_patches=True)[1][0]                # (P, D_v)
+        patch_emb = F.normalize(self.siglip.vision_model.head(patches[:, None]).float(), dim=-1)
+        side = round(len(patches) ** 0.5)
+        return (self.encode_text(phrases) @ patch_emb.T).view(-1, side, side)
+
     # ---- files ----------------------------------------------------------------------------------
 
     def saved_state(self):
@@ -374,12 +414,9 @@ class LoFi(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.llm_tokenizer.save_pretrained(folder / "tokenizer")
         self.text_tokenizer.save_pretrained(folder / "tokenizer" / "text")
-        safe_save_file(self.saved_state(), folder / "model.safetensors.tmp",
-                       metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-        draft = folder / "config.json.tmp"
-        draft.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-        os.replace(draft, folder / "config.json")
+        data.write_whole(folder / "model.safetensors", lambda draft: safe_save_file(
+            self.saved_state(), draft, metadata={"format": "pt"}))
+        data.write_json(folder / "config.json", dataclasses.asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
@@ -434,16 +471,44 @@ def export(run, out):
     draft.rename(out)
 
 
+def ask(args):
+    """What a trained LoFi says about one film, as JSON: to phrases, to a box, or its report."""
+    model = LoFi.from_pretrained(args.run)
+    if args.box:
+        if problem := data.box_problem(args.box):
+            raise ModelError(f"--box {args.box}: {problem}")
+        return {"boxes": [args.box], "sentence": model.describe(args.image, [args.box])}
+    if not args.phrase:
+        return {"report": model.report(args.image)}
+    return [{"phrase": phrase, "boxes": boxes,
+             "sentence": model.describe(args.image, boxes) if boxes else ""}
+            for phrase, boxes in zip(args.phrase, model.ground(args.image, args.phrase))]
+
+
 def main():
-    parser = argparse.ArgumentParser(prog="model.py", description="Export a trained LoFi encoder.")
-    commands = parser.add_subparsers(required=True)
+    parser = argparse.ArgumentParser(
+        prog="model.py", description="Ask a trained LoFi about a film, or export its encoder.")
+    commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("export", help=export.__doc__.splitlines()[0])
     command.add_argument("run", help="run folder of train.py")
     command.add_argument("out", help="folder to write: SiglipModel, tokenizer and image processor")
+    command = commands.add_parser(
+        "ask", help="JSON on stdout: the report of a film; with --phrase, the boxes of each phrase "
+        "and the sentence for them; with --box, the sentence about that region")
+    command.add_argument("run", help="run folder of train.py")
+    command.add_argument("image", help="a chest X-ray")
+    one = command.add_mutually_exclusive_group()
+    one.add_argument("--phrase", nargs="+", metavar="WORDS",
+                     help="findings to look for, each a sentence (Eq. 3)")
+    one.add_argument("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"),
+                     help="a region, as fractions of width and height (dense captioning)")
     args = parser.parse_args()
     try:
+        if args.command == "ask":
+            print(json.dumps(ask(args)))
+            return
         export(args.run, args.out)
-    except ModelError as error:
+    except (ModelError, data.DataError) as error:
         sys.exit(f"model.py: {error}")
     print(f"wrote {args.out}; load it with transformers.SiglipModel.from_pretrained({args.out!r})")
 

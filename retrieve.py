@@ -4,6 +4,7 @@
     python retrieve.py --checkpoint runs/NAME google/siglip2-so400m-patch16-512     # a row each
     python retrieve.py --image x.png                # the nearest films by cosine of E_I
     python retrieve.py --text "small left pleural effusion"               # films for a sentence
+    python retrieve.py --categories nodule "pleural effusion"      # zero-shot AUROC, P@K, heat maps
     torchrun --nproc_per_node=N retrieve.py         # N processes share the embedding
 
 You will see a bar while films are embedded (they are kept beside the checkpoint, so only once), and
@@ -26,7 +27,7 @@ import sys
 import textwrap
 import time
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,12 +36,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, SiglipModel
+from transformers import AutoConfig, SiglipModel
 from transformers import logging as transformers_logging
 
 import data
 import metrics
-from model import LoFi, ModelError, SafetensorError, read_config
+from model import (LoFi, ModelError, SafetensorError, find_device, find_tokenizer, read_config,
+                   safe_open, safe_save_file)
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -58,6 +60,7 @@ class PlainSiglip:
     """A SiglipModel without LoFi's decoder; images and texts take LoFi's one forward path."""
 
     films, encode_image, encode_text = LoFi.films, LoFi.encode_image, LoFi.encode_text
+    heat_map = LoFi.heat_map
 
     def __init__(self, siglip, text_tokenizer):
         self.siglip, self.text_tokenizer, self.device = siglip, text_tokenizer, siglip.device
@@ -75,10 +78,8 @@ def load_siglip(source, device):
                                                      output_loading_info=True)
         if missing := report["missing_keys"]:
             raise ValueError(f"{len(missing)} weights are missing, {min(missing)} for one")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except ImportError:                                    # SigLIP 1 names a class that wants
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)    # another package
+        if not (tokenizer := find_tokenizer(source)):
+            raise ValueError("it has no tokenizer")
         return PlainSiglip(siglip.to(device).eval(), tokenizer)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -177,21 +178,12 @@ def embed(encoder, paths, batch_size, bar):
 
 PART = 4096                                                    # films between writes, or a 16th
 
-def write_whole(path, write):
-    """write(draft), then rename it to path: whole or not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
 
 def cache_file(encoder, path):
-    """embeddings/NAME.pt beside the checkpoint; in runs/ for an id or a read-only folder."""
-    folder, name = Path(encoder.source), data.manifest_path(path).resolve().parent.name + ".pt"
+    """embeddings/NAME.safetensors beside the checkpoint; in runs/ for an id or a read-only
+    folder."""
+    folder = Path(encoder.source)
+    name = data.manifest_path(path).resolve().parent.name + ".safetensors"
     if folder.is_dir() and os.access(folder, os.W_OK):
         return folder / "embeddings" / name
     return Path("runs/embeddings", encoder.source.strip("/.").replace("/", "--"), name)
@@ -214,17 +206,18 @@ def film_key(row):
 
 
 def read_cache(path, settings):
-    """-> (film keys, (N, D) memory-mapped), or ([], None), printing why where a file is no use."""
+    """-> (film keys, (N, D)), or ([], None), printing why where a file is no use."""
     if not path.exists():
         return [], None
     try:
-        cache = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        keys, emb = cache["keys"], cache["embeddings"]
-        changed = [name for name in settings if settings[name] != cache["settings"][name]]
+        with safe_open(path, framework="pt") as cache:
+            made_with, emb = json.loads(cache.metadata()["made_with"]), cache.get_tensor("emb")
+        keys, checksum = made_with.pop("keys"), made_with.pop("crc32")
+        changed = [name for name in settings if settings[name] != made_with[name]]
         reason = changed and "made with other " + " and ".join(changed)
-        if not changed and (len(keys) != len(emb) or zlib.crc32(emb.numpy()) != cache["crc32"]):
+        if not changed and (len(keys) != len(emb) or zlib.crc32(emb.numpy()) != checksum):
             reason = "damaged: its checksum is another"
-    except Exception as error:                                 # damaged bytes can raise anything
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"damaged: {(str(error).splitlines() or [type(error).__name__])[0]}"
     if not reason:
         return keys, emb
@@ -236,12 +229,13 @@ def write_cache(path, settings, keys, emb):
     """By rank 0; the others wait until it is there. A disk that cannot take it costs only the
     reuse."""
     if not ranks()[0]:
-        content = {"settings": settings, "keys": keys, "embeddings": emb,
-                   "crc32": zlib.crc32(emb.numpy())}
+        emb = emb.contiguous()
+        made_with = json.dumps({**settings, "keys": keys, "crc32": zlib.crc32(emb.numpy())})
         try:
-            write_whole(path, lambda draft: torch.save(content, draft))
-        except (OSError, RuntimeError) as error:               # torch's word for a full disk
-            print(f"the embeddings are not kept: {str(error).splitlines()[0]}")
+            data.write_whole(path, lambda draft: safe_save_file({"emb": emb}, draft,
+                                                                {"made_with": made_with}))
+        except (data.DataError, SafetensorError) as error:
+            print(f"the embeddings are not kept: {error}")
     if dist.is_initialized():
         dist.barrier()
 
@@ -402,6 +396,11 @@ def print_table(results):
                                          for way in ("i2t", "t2i")]))
 
 
+def words_of(row):
+    """A film's report, or its phrases where it has none."""
+    return row["report"] or " ".join(region["phrase"] for region in row["regions"])
+
+
 SIZE_WORD = re.compile(r"\b(tiny|small|minimal|slight|mild|moderate|large|marked|severe|massive)"
                        r"(ly)?\b")
 
@@ -435,6 +434,54 @@ def shared_findings(rows, image_emb, k=5, most=2000):
                            "n_queries": len(queries)}}
 
 
+DENIED = re.compile(r"\b(no|not|without|free of)\b")
+
+
+def shows(row, category):
+    """Does a sentence of the film's report, or of its boxed phrases, name the category and not deny
+    it? A plain reading of words, for want of labels."""
+    return any(category in sentence.lower() and not DENIED.search(sentence.lower())
+               for sentence in data.split_sentences(words_of(row)))
+
+
+def by_category(encoder, rows, image_emb, categories):
+    """Zero-shot classification, retrieval by category and heat maps; not in the paper.
+
+    AUROC of cos(E_I, "Nodule.") - cos(E_I, "No nodule."), P@K of the films nearest to "Nodule.",
+    and the mean contrast-to-noise ratio of the heat maps of its boxed phrases.
+    -> {category: {"n_images", "AUROC", "P@1", .., "CNR"}}; None where there is no such film."""
+    results, ratios = {}, defaultdict(list)                    # ratios: {phrase: [CNR, ...]}
+    for row in tqdm(rows, "heat maps", unit="film"):
+        if regions := [region for region in row["regions"] if region["boxes"]]:
+            heat = encoder.heat_map(row["path"], [region["phrase"] for region in regions]).cpu()
+            for region, one in zip(regions, heat.numpy()):
+                ratios[region["phrase"].lower()].append(
+                    metrics.contrast_to_noise_ratio(one, region["boxes"]))
+    for category in categories:
+        name = category.lower().rstrip(".")
+        labels = [shows(row, name) for row in rows]
+        texts = text_embeddings(encoder, [f"{name.capitalize()}.", f"No {name}."])
+        nearest = top_k(texts[:1], image_emb, min(10, len(rows)))[1].numpy()
+        own = [ratio for phrase in ratios if name in phrase for ratio in ratios[phrase]
+               if not math.isnan(ratio)]                       # a box between the patches' centres
+        values = {"AUROC": metrics.auroc(image_emb @ (texts[0] - texts[1]), labels),
+                  **metrics.precision_at_k(nearest, [True], labels),
+                  "CNR": float(np.mean(own)) if own else math.nan}
+        results[category] = {"n_images": sum(labels), **{
+            key: None if math.isnan(value) else value for key, value in values.items()}}
+    return results
+
+
+def print_categories(results):
+    """A row a category: films that show it, then AUROC and P@K in percent, and CNR."""
+    width, columns = max(8, *map(len, results)), list(next(iter(results.values())))[1:]
+    print(f"{'Category':{width}}   films" + "".join(f"{name:>8}" for name in columns))
+    for category, result in results.items():
+        cells = [f"{result[name] * (1 if name == 'CNR' else 100):8.2f}"
+                 if result[name] is not None else f"{'-':>8}" for name in columns]
+        print(f"{category:{width}}{result['n_images']:8,}" + "".join(cells))
+
+
 @torch.no_grad()
 def evaluate(args, path, rows, device):
     """Print Table 1, a row a checkpoint, and the neighbours. -> {checkpoint: what --json holds}"""
@@ -450,6 +497,9 @@ def evaluate(args, path, rows, device):
             results[source] = {**table_1(encoder, table, image_emb),
                                **shared_findings(rows, image_emb.to(device)),
                                "n_images": len(table[0]), "seconds": round(time.time() - began, 1)}
+            if args.categories:
+                found = by_category(encoder, rows, image_emb, args.categories)
+                results[source]["categories"] = found
     if ranks()[0]:
         return {}
     print(f"\nTable 1 on {path}, split {args.split}: {len(table[0]):,} films, one a study, and "
@@ -461,29 +511,15 @@ def evaluate(args, path, rows, device):
         if "neighbours" in result:
             print("{}: {shared@5:.1%}, by chance {chance:.1%} ({n_queries:,} query films)".format(
                 source, **result["neighbours"]))
+    for source, result in results.items():
+        if "categories" in result:
+            print(f"\n{source}: AUROC and P@K in %, CNR of the boxed phrases' heat maps\n")
+            print_categories(result["categories"])
     print(f"\nNext: python retrieve.py --checkpoint {source} --text 'left pleural effusion'")
     return results
 
 
 # ---- search by image or text --------------------------------------------------------------------
-
-def words_of(row):
-    """A film's report, or its phrases where it has none."""
-    return row["report"] or " ".join(region["phrase"] for region in row["regions"])
-
-
-def draw_boxes(film, regions):
-    """Draw boxes, and the start of their phrases above them, on a film (PIL "RGB"), in place."""
-    pen, (w, h), font = ImageDraw.Draw(film), film.size, ImageFont.load_default(13)
-    boxes = [([x0 * (w - 1), y0 * (h - 1), x1 * (w - 1), y1 * (h - 1)],
-              textwrap.shorten(region["phrase"], 44, placeholder=" ..."))
-             for region in regions for x0, y0, x1, y1 in region["boxes"]]
-    for (x, y, *_), phrase in boxes:
-        place = max(2, min(x, w - 4 - pen.textlength(phrase, font))), y - 17 if y > 19 else y + 3
-        pen.text(place, phrase, "yellow", font, stroke_width=2, stroke_fill="black")
-    for box, _ in boxes:                                       # last: no phrase hides an edge
-        pen.rectangle(box, outline="yellow", width=2)
-
 
 def card(title, words, film=None, regions=(), frame="black", size=360):
     """A cell of the contact sheet: a film with its boxes, or words alone; a title and the start of
@@ -495,7 +531,7 @@ def card(title, words, film=None, regions=(), frame="black", size=360):
         pen.text((size / 2, size / 2), quoted, "white", large, anchor="mm", align="center")
     else:
         film = ImageOps.contain(film.convert("RGB"), (size - 8, size - 8))
-        draw_boxes(film, regions)
+        data.draw_boxes(film, regions)
         cell.paste(film, ((size - film.width) // 2, (size - film.height) // 2))
         start = textwrap.wrap(words, 50, max_lines=3, placeholder=" ...")
         pen.text((8, size + 26), "\n".join(start), (200, 200, 200), small)
@@ -516,11 +552,7 @@ def contact_sheet(args, own, found):
         cells = [card("query", args.text, frame="orange")]
     cells += [card(f"{row['rank']}, cosine {row['similarity']:.3f}, {row['study']}", words_of(row),
                    data.load_image(row["path"]), row["regions"]) for row in found]
-    columns, (w, h) = math.ceil(len(cells) ** 0.5), cells[0].size
-    sheet = Image.new("RGB", (w * columns, h * math.ceil(len(cells) / columns)))
-    for n, cell in enumerate(cells):
-        sheet.paste(cell, (n % columns * w, n // columns * h))
-    return sheet
+    return data.tile(cells, math.ceil(len(cells) ** 0.5))
 
 
 def print_found(found):
@@ -556,7 +588,7 @@ def search(args, path, rows, device):
     print(f"{encoder.source} on {len(pool):,} films of {path}, split {args.split}")
     print_found(found)
     sheet = contact_sheet(args, own, found)
-    write_whole(args.png, lambda draft: sheet.save(draft, "PNG"))
+    data.write_whole(args.png, lambda draft: sheet.save(draft, "PNG"))
     film, phrase = args.image or found[0]["path"], args.text or "left pleural effusion"
     print(f"\ndrew {args.png}\nNext: python icl_ground.py --checkpoint {encoder.source} --image "
           f"{shlex.quote(film)} --phrase {shlex.quote(phrase)}")
@@ -577,6 +609,9 @@ def parse_args():
                      "cosine of E_I (Sec. 2.0.2); the file itself is not among them")
     one.add_argument("--text", metavar="WORDS", help="search the films nearest to this sentence by "
                      "the cosine of E_T and E_I; cut at the text encoder's length (64 tokens)")
+    group.add_argument("--categories", nargs="+", metavar="WORDS", help="beside Table 1: zero-shot "
+                       "AUROC, P@K and the heat maps' contrast-to-noise ratio of such findings as "
+                       "'nodule' or 'pleural effusion'; a film shows one if a sentence says so")
     group.add_argument("--k", type=int, default=5, metavar="N",
                        help="films to find (default: %(default)s; Table 1 always prints R@1 to 40)")
 
@@ -610,6 +645,10 @@ def check_args(args):
         raise RetrieveError(f"--batch-size {args.batch_size}: wanted 1 or more")
     if args.text is not None and not args.text.strip():
         raise RetrieveError("--text is empty: wanted a sentence such as 'No pleural effusion.'")
+    if args.categories and (args.image or args.text):
+        raise RetrieveError("--categories goes with Table 1, not with a search by --image or --text")
+    if not all(category.strip(" .") for category in args.categories or []):
+        raise RetrieveError("--categories: one is empty; wanted words such as 'pleural effusion'")
     if len(args.checkpoint) > 1 and (args.image or args.text):
         raise RetrieveError(f"--checkpoint: found {len(args.checkpoint)}, wanted one for a search "
                             "with --image or --text")
@@ -617,19 +656,6 @@ def check_args(args):
         check_source(source)
     if args.image:
         data.load_image(args.image)
-
-
-def find_device(name=None):
-    """--device -> torch.device; under torchrun each rank takes its own GPU. Raises RetrieveError"""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise RetrieveError(f"--device {name}: wanted cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RetrieveError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
 
 
 def find_data(checkpoint):
@@ -675,8 +701,7 @@ def main():
     results = (search if searching else evaluate)(args, path, rows, device)
     if args.json and not ranks()[0]:
         content = results if searching or len(results) > 1 else results[args.checkpoint[0]]
-        text = json.dumps(content, indent=2) + "\n"
-        write_whole(args.json, lambda draft: draft.write_text(text))
+        data.write_json(args.json, content)
     if dist.is_initialized():
         dist.destroy_process_group()
 

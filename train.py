@@ -34,7 +34,7 @@ from transformers import logging as transformers_logging
 import data
 import losses
 import metrics
-from model import PRESETS, LoFi, ModelError, SafetensorError
+from model import PHANTOM, PRESETS, TINY, LoFi, ModelError, SafetensorError, find_device
 
 transformers_logging.set_verbosity_error()
 
@@ -48,7 +48,8 @@ MAX_SKIPPED = 5                         # steps in a row without a finite loss, 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Defaults marked 'preset' are in model.py: PAPER (with --data) and TINY (without).")
+        epilog="Defaults marked 'preset' are in model.py: PAPER (with --data), TINY, and PHANTOM "
+        "(without --data).")
     group = parser.add_argument_group("data and files")
     group.add_argument("--data", metavar="PATH", help="folder with manifest.jsonl, or that file "
                        "(default: phantom films, drawn into runs/phantom_data)")
@@ -82,7 +83,8 @@ def parse_args():
     group.add_argument("--steps", type=int, metavar="N",
                        help="optimizer steps, instead of --epochs (preset)")
     group.add_argument("--batch-size", type=int, metavar="B",
-                       help="images a step and process (preset; paper: 16)")
+                       help="images a step and process (preset; paper: 16; tiny: 48, fewer on a "
+                       "set with less than 12 batches of that)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: "
                        "gradients are averaged over N batches of B images; the sigmoid loss stays "
                        "within a batch (default: 1)")
@@ -140,19 +142,13 @@ def leave_signals(_):
 
 
 def check_args(args):
-    """Flags that cannot be. Raises TrainError."""
+    """Flags that cannot be, before anything is read. Raises TrainError."""
     if not args.objectives or set(args.objectives) - set("scgd"):
         raise TrainError(f"--objectives {args.objectives!r}: wanted letters of s, c, g, d")
     for name in ("epochs", "steps", "batch_size", "accumulate", "save_every", "lr"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise TrainError(f"--{name.replace('_', '-')} {getattr(args, name)}: "
                              "wanted more than 0")
-    try:
-        device = torch.device(args.device or "cpu")
-    except RuntimeError:
-        raise TrainError(f"--device {args.device}: wanted cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TrainError(f"--device {args.device}: torch sees no CUDA GPU here; use --device cpu")
     if args.resume and args.init:
         raise TrainError("--resume goes on with a run and --init starts a new one: "
                          "give one of them")
@@ -207,14 +203,13 @@ def build_optimizer(model, config):
         fused=True)
 
 
-def join_processes(args):
+def join_processes(device):
     """-> (rank, number of processes) that torchrun started; (0, 1) without it."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
-    on_cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
-    if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")                     # one process prints and writes
     return dist.get_rank(), dist.get_world_size()
@@ -233,7 +228,7 @@ def add_gradients(parameters):
 
     One call after the backward pass, not DistributedDataParallel's hooks within it: a process may
     have drawn no LLM row, and the texts' gradient is gathered within too, so the order of calls
-    could differ between processes. Only LoRA and new layers train, so there is little to overlap."""
+    could differ between processes. Only LoRA and new layers train: there is little to overlap."""
     if not dist.is_initialized():
         return
     has = over_processes(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int,
@@ -286,14 +281,10 @@ def save_run(out, model, optimizer, scaler, step, settings):
     state = {"step": step, "settings": settings, "weights": weights,
              "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
              "rng": torch.get_rng_state()}
-    draft = out / "trainer.pt.tmp"
     try:
         model.save_pretrained(out)
-        torch.save(state, draft)
-        os.replace(draft, out / "trainer.pt")
-    except (OSError, RuntimeError, SafetensorError) as error:
-        for path in out.glob("*.tmp"):
-            path.unlink()
+        data.write_whole(out / "trainer.pt", lambda draft: torch.save(state, draft))
+    except (OSError, data.DataError, SafetensorError) as error:
         kept = "its last good checkpoint is kept" if (out / "trainer.pt").exists() else "none yet"
         raise TrainError(f"{out}: step {step} cannot be saved ({str(error).splitlines()[0]}); "
                          f"{kept}; make room on the disk, then add --resume")
@@ -324,9 +315,13 @@ def load_trainer(path, model, optimizer, scaler, settings):
 
 # ---- evaluation ---------------------------------------------------------------------------------
 
-def best_first(similarity, k):
-    """(Q, C) similarities -> (Q, min(k, C)) indices of the best candidates."""
-    return similarity.topk(min(k, similarity.shape[1])).indices.cpu().numpy()
+def best_first(queries, pool, k):
+    """Unit vectors (Q, D) and (C, D) -> (Q, min(k, C)) indices of the best, ties by lower index.
+
+    On a grid of 2^-26 float64 holds every product exactly, on any machine, as in retrieve.py."""
+    queries, pool = ((x * 2.0 ** 26).round().double() for x in (queries, pool))
+    order = (queries @ pool.T).sort(dim=1, descending=True, stable=True).indices
+    return order[:, :k].cpu().numpy()
 
 
 @torch.inference_mode()
@@ -360,12 +355,13 @@ def retrieval(model, rows, image_emb, batch_size=256):
     images, texts, owner = data.sub_report_table(rows)
     if not texts:
         return {}
-    text_emb = torch.cat([model.encode_text(texts[i:i + batch_size])
-                          for i in range(0, len(texts), batch_size)])
-    similarity = image_emb[images] @ text_emb.T
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}    # equal texts tie exactly
+    once = torch.cat([model.encode_text(list(place)[i:i + batch_size])
+                      for i in range(0, len(place), batch_size)])
+    films, texts = image_emb[images], once[[place[text] for text in texts]]
     every = np.arange(len(images))
-    return {"i2t": metrics.recall_at_k(best_first(similarity, 40), every, owner),
-            "t2i": metrics.recall_at_k(best_first(similarity.T, 40), owner, every)}
+    return {"i2t": metrics.recall_at_k(best_first(films, texts, 40), every, owner),
+            "t2i": metrics.recall_at_k(best_first(texts, films, 40), owner, every)}
 
 
 def grounding(predictions, prior):
@@ -401,13 +397,6 @@ def evaluate_run(model, path):
     train = [row for row in rows if row["split"] == "train" and row["regions"]]
     prior = metrics.phrase_prior(train) if train else None
     return {**evaluate(model.eval(), test, prior), "n_images": len(test)}
-
-
-def write_json(path, value):
-    """A JSON file, whole or not there."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(draft, path)
 
 
 # ---- data and run folder ------------------------------------------------------------------------
@@ -475,9 +464,7 @@ def keep_log(path, step):
     """Open log.jsonl to append a line a step, without the lines that an interrupted run wrote after
     its checkpoint."""
     lines = path.read_text().splitlines(keepends=True)[:step]
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text("".join(lines))
-    os.replace(draft, path)
+    data.write_whole(path, lambda draft: draft.write_text("".join(lines)))
     return open(path, "a", buffering=1)
 
 
@@ -490,8 +477,6 @@ def build_model(args, start, rows):
         changed["epochs"] = None
     elif args.epochs:
         changed["steps"] = None
-    if not args.data and args.augment is None:
-        changed["augment"] = 0.1                               # the phantom has its own variety
     if start:
         model = LoFi.from_pretrained(start)
         if args.preset not in (None, model.config.preset):
@@ -499,6 +484,7 @@ def build_model(args, start, rows):
         model.config = dataclasses.replace(model.config, **changed)
         return model
     config = PRESETS[args.preset or ("paper" if args.data else "tiny")]
+    config = PHANTOM if config is TINY and not args.data else config
     sources = {"encoder": args.encoder, "llm": args.llm}
     sources = {name: source for name, source in sources.items() if source or args.random_init}
     config = dataclasses.replace(config, **sources, **changed)
@@ -524,14 +510,38 @@ def print_sizes(model):
           + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n))
 
 
+def load_batches(args, model, rows, keys):
+    """An iterator over the batches of the keys, decoded by worker processes; an image that cannot
+    be read becomes a message in batch["bad"]."""
+    config = model.config
+    dataset = data.ChestXrays(rows, model.image_size, args.objectives, config.n_regions,
+                              config.augment, config.cache, skip_bad=True, seed=args.seed)
+    collate = data.Collate(model.text_tokenizer if "s" in args.objectives else None,
+                           model.text_length, model.llm_tokenizer, config.max_target)
+    workers = args.workers if args.workers is not None else 1 if config.cache else 4
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
+        worker_init_fn=leave_signals, pin_memory=model.device.type == "cuda"))
+
+
+def print_left_out(skipped, bad):
+    """Steps without a finite loss, and messages of images that could not be read, if any."""
+    if skipped:
+        print(f"skipped {skipped} steps: their loss or gradient was not finite")
+    if bad:
+        print(f"{len(bad)} times an image could not be read and was left out, "
+              f"{len(set(bad))} different ones:")
+        print("\n".join(sorted(set(bad))[:10]))
+
+
 # ---- the run ------------------------------------------------------------------------------------
 
 def main():
     began, args = time.time(), parse_args()
     check_args(args)
-    rank, world = join_processes(args)
+    device = find_device(args.device)
+    rank, world = join_processes(device)
     torch.manual_seed(args.seed)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = choose_precision(args.precision, device)
 
     # data and model
@@ -542,17 +552,16 @@ def main():
     config, trainable = model.config, [p for p in model.parameters() if p.requires_grad]
     print_sizes(model)
     if args.grad_checkpoint:
-        for part in (model.siglip, model.llm):
-            part.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_layers()
     if args.compile:
         model.compile_layers()
 
     # optimizer and checkpoint
-    batch_size = min(config.batch_size * world, len(rows))              # of all processes
-    if batch_size < world:
+    if len(rows) < world:
         raise TrainError(f"{path}: {len(rows)} training images for {world} processes; "
                          "start fewer")
+    most = len(rows) if args.batch_size else max(world, len(rows) // config.min_batches)
+    batch_size = min(config.batch_size * world, most)                   # of all processes
     epoch = batches_per_epoch(len(rows), batch_size, world) / args.accumulate      # in steps
     limits = [config.steps, config.epochs and math.ceil(config.epochs * epoch)]
     steps = min(limit for limit in limits if limit)
@@ -565,16 +574,9 @@ def main():
              if has_checkpoint else 0)
 
     # batches
-    dataset = data.ChestXrays(rows, model.image_size, args.objectives, config.n_regions,
-                              config.augment, config.cache, args.skip_bad_images, args.seed)
-    collate = data.Collate(model.text_tokenizer if "s" in args.objectives else None,
-                           model.text_length, model.llm_tokenizer, config.max_target)
-    workers = args.workers if args.workers is not None else 1 if config.cache else 4
     keys = batches(len(rows), batch_size, args.seed, first * args.accumulate,
                    steps * args.accumulate, rank, world)
-    loader = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
-        worker_init_fn=leave_signals, pin_memory=device.type == "cuda"))
+    loader = load_batches(args, model, rows, keys)
     print(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
           f"objectives {args.objectives}, on {f'{world} x ' if world > 1 else ''}{device.type} in "
           f"{str(precision).removeprefix('torch.')}")
@@ -594,6 +596,8 @@ def main():
         for _ in range(args.accumulate):
             batch = to_device(next(loader), device)
             bad += batch["bad"]
+            if bad and not args.skip_bad_images:
+                raise TrainError(bad[0])
             if not over_processes(torch.tensor(len(batch["image"]), device=device), "MIN"):
                 continue                                       # of one process none could be read
             loss, named = step_losses(model, batch, args.objectives, config.lam, precision)
@@ -639,12 +643,7 @@ def main():
             sys.exit(128 + int(stop))
     log.close()
     catch_signals(last=True)
-    if skipped:
-        print(f"skipped {skipped} steps: their loss or gradient was not finite")
-    if bad:
-        print(f"{len(bad)} times an image could not be read and was left out, "
-              f"{len(set(bad))} different ones:")
-        print("\n".join(sorted(set(bad))[:10]))
+    print_left_out(skipped, bad)
     if args.dry_run:
         print(f"dry run: one step of {batch_size} images, loss {values['loss']:.3f}, every row of "
               "the data is well formed; nothing written")
@@ -660,7 +659,7 @@ def main():
         print("not evaluated: with --random-init the frozen towers are random")
     else:
         results = evaluate_run(model, path)
-    write_json(out / "metrics.json", {**results, "seconds": round(time.time() - began, 1)})
+    data.write_json(out / "metrics.json", {**results, "seconds": round(time.time() - began, 1)})
     print_results(results)
     print(f"\n{time.time() - began:.0f} s in all. Next: python model.py export {out} {out}/siglip")
 
@@ -669,8 +668,7 @@ if __name__ == "__main__":
     try:
         main()
     except (TrainError, ModelError, data.DataError, OSError) as error:
-        message = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
-        sys.exit("train.py: " + message)
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted")
     except torch.OutOfMemoryError:

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from transformers import SiglipConfig, SiglipModel
 
 import data
 import losses
+import model as lofi_model
 from conftest import SMALL, run
 from model import PAPER, LoFi, ModelError, build_encoder, build_llm
 
@@ -118,6 +121,44 @@ def test_images_are_normalised_once(model):
     wanted = F.normalize(model.siglip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
     assert torch.allclose(model.encode_image(torch.from_numpy(film)[None]), wanted, atol=1e-5)
     assert torch.allclose(model.encode_image(Image.fromarray(film)), wanted, atol=1e-5)
+
+
+def test_heat_map_is_the_pooling_head_on_each_patch_alone(model):
+    """Guards: patches mixed by the pooling; rows and columns swapped; another text path."""
+    film = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
+    heat = model.heat_map(Image.fromarray(film), ["No nodule.", "Large left pleural effusion."])
+    assert heat.shape == (2, 4, 4)
+    _, patches = model.encode_image(torch.from_numpy(film)[None], with_patches=True)
+    head, patch = model.siglip.vision_model.head, patches[0, 4 * 2 + 1]      # row 2, column 1
+    weight, bias = head.attention.in_proj_weight[-32:], head.attention.in_proj_bias[-32:]
+    pooled = head.attention.out_proj(weight @ patch + bias)    # of one patch: its value alone
+    pooled = pooled + head.mlp(head.layernorm(pooled))
+    text = model.encode_text(["Large left pleural effusion."])[0]
+    wanted = F.cosine_similarity(pooled, text, dim=0)
+    assert heat[1, 2, 1].item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_ask_command(model, phantom, tmp_path, monkeypatch, capsys):
+    """Guards: an answer of another film or phrase; a bad box or film that ends in a traceback."""
+    model.save_pretrained(tmp_path / "run")
+    film = phantom / "images" / "test_00001.png"
+    again = LoFi.from_pretrained(tmp_path / "run")
+
+    def ask(*flags):
+        monkeypatch.setattr(sys, "argv", ["model.py", "ask", *map(str, (tmp_path / "run", *flags))])
+        capsys.readouterr()
+        lofi_model.main()
+        return json.loads(capsys.readouterr().out)
+    assert ask(film) == {"report": again.report(film)}
+    phrases = ["No nodule.", "Small left pneumothorax."]
+    answers = ask(film, "--phrase", *phrases)
+    assert [a["phrase"] for a in answers] == phrases
+    assert [a["boxes"] for a in answers] == again.ground(film, phrases)
+    box = [0.1, 0.2, 0.5, 0.6]
+    assert ask(film, "--box", *box)["sentence"] == again.describe(film, [box])
+    for flags, words in (((film, "--box", .5, .4, .1, .2), "--box"), (("x.png",), "x.png: cannot")):
+        with pytest.raises(SystemExit, match=words):
+            ask(*flags)
 
 
 def test_embeddings_are_of_unit_length_and_text_goes_in_as_text_or_ids(model):

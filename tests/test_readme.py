@@ -1,12 +1,15 @@
 """The README's claims that can be checked by machine."""
 
+import contextlib
 import functools
 import importlib
+import io
 import re
+from unittest import mock
 
 import pytest
 
-from conftest import ROOT, run
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 SECTION = README.split("## Paper to code")[1].split("\n## ")[0]
@@ -43,7 +46,12 @@ def test_every_objective_carries_its_equation(equation, function):
 
 @functools.cache
 def help_of(script, command):
-    return run(script, *([command] if command else []), "--help")
+    """What a script's --help prints; command: export of model.py, check of data.py, ..."""
+    argv = [script, *([command] if command else []), "--help"]
+    with (mock.patch("sys.argv", argv), contextlib.redirect_stdout(io.StringIO()) as text,
+          contextlib.suppress(SystemExit)):
+        importlib.import_module(script.removesuffix(".py")).main()
+    return text.getvalue()
 
 
 def test_commands_name_scripts_and_flags_that_exist():
@@ -52,7 +60,7 @@ def test_commands_name_scripts_and_flags_that_exist():
     assert len(commands) >= 6
     for script, rest in commands:
         assert (ROOT / script).exists()
-        text = help_of(script, rest.split()[0] if script == "data.py" else None)
+        text = help_of(script, rest.split()[0] if script in ("data.py", "model.py") else None)
         for flag in re.findall(r"--[a-z-]+", rest):
             assert flag in text, f"{script} has no {flag}"
 

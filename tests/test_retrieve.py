@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from PIL import Image
 from transformers import SiglipModel
 
 import data
+import metrics
 import model as lofi_model
 import retrieve
 from conftest import ROOT, SMALL, run
@@ -168,7 +168,7 @@ def test_what_is_no_encoder_gets_one_line(encoder, tmp_path):
 
 def cached(encoder):
     files = list((Path(encoder.source) / "embeddings").iterdir())
-    assert len(files) == 1 and files[0].suffix == ".pt"        # no draft left either
+    assert len(files) == 1 and files[0].suffix == ".safetensors"        # no draft left either
     return files[0]
 
 
@@ -182,7 +182,7 @@ def count_films(encoder, monkeypatch):
 
 def test_films_are_embedded_once(encoder, phantom, rows, monkeypatch):
     """Guards: rows in another order than asked for, a film embedded twice, a subset or superset of
-    rows that is embedded anew, a file that is read as a pickle of anything."""
+    rows that is embedded anew."""
     wanted = torch.cat([encoder.encode_image(row["path"]) for row in rows]).detach()
     seen = count_films(encoder, monkeypatch)
     some = rows[20:5:-1]
@@ -190,40 +190,30 @@ def test_films_are_embedded_once(encoder, phantom, rows, monkeypatch):
     assert torch.allclose(emb, wanted[range(20, 5, -1)], atol=1e-6) and sum(seen) == 15
     emb = retrieve.image_embeddings(encoder, phantom / "manifest.jsonl", rows + rows[:3])
     assert torch.allclose(emb, torch.cat([wanted, wanted[:3]]), atol=1e-6) and sum(seen) == 40
-    load, flags = torch.load, []
-    monkeypatch.setattr(torch, "load", lambda *a, **k: flags.append(k) or load(*a, **k))
     again = retrieve.image_embeddings(load_encoder(encoder.source), phantom, rows)
     assert torch.equal(again, emb[:40]) and sum(seen) == 40 and again.dtype == torch.float32
-    assert all(k["weights_only"] and k["mmap"] for k in flags) and flags
     with pytest.raises(RetrieveError, match="empty"):
         retrieve.image_embeddings(encoder, phantom, [])
 
 
-class Bomb:
-    def __reduce__(self):
-        return Path.touch, (Path(os.environ["BOMB"]),)
-
-
-def test_a_cache_that_is_stale_or_damaged_is_rebuilt(encoder, phantom, rows, monkeypatch, capsys,
-                                                     tmp_path):
-    """Guards: neighbours by the weights of an earlier checkpoint; a truncated, altered or hostile
+def test_a_cache_that_is_stale_or_damaged_is_rebuilt(encoder, phantom, rows, monkeypatch, capsys):
+    """Guards: neighbours by the weights of an earlier checkpoint; a truncated, altered or foreign
     file that is used, or that ends the run; the reason kept quiet."""
     good = retrieve.image_embeddings(encoder, phantom, rows).clone()
     file, seen = cached(encoder), count_films(encoder, monkeypatch)
     whole = file.read_bytes()
     altered = bytearray(whole)
     altered[whole.index(good[7].numpy().tobytes()) + 2] ^= 1
-    monkeypatch.setenv("BOMB", str(tmp_path / "went off"))
-    torch.save(Bomb(), tmp_path / "bomb.pt")
-    for content in (whole[:len(whole) // 2], bytes(altered), b"", pickle.dumps(Bomb()),
-                    (tmp_path / "bomb.pt").read_bytes()):
+    foreign = (Path(encoder.source) / "model.safetensors").read_bytes()
+    no_keys = whole.replace(b"keys", b"KEYS")
+    for content in (whole[:len(whole) // 2], bytes(altered), b"", b"no tensors", foreign, no_keys):
         file.write_bytes(content)
         seen.clear()
         capsys.readouterr()
         assert torch.equal(retrieve.image_embeddings(encoder, phantom, rows), good)
         assert sum(seen) == 40 and "anew" in (text := capsys.readouterr().out)
-        assert "damaged" in text and not (tmp_path / "went off").exists()
-    assert torch.equal(torch.load(cached(encoder), weights_only=True)["embeddings"], good)
+        assert "damaged" in text
+    assert cached(encoder).read_bytes() == whole
     with torch.no_grad():
         next(p for name, p in encoder.siglip.named_parameters()
              if "vision_model" in name and "lora_B" in name).add_(0.1)
@@ -242,7 +232,7 @@ def test_a_film_that_changed_is_embedded_again(encoder, phantom, tmp_path, monke
     emb = retrieve.image_embeddings(encoder, folder, rows)
     assert sum(seen) == 1 and "1 films changed" in capsys.readouterr().out
     assert torch.allclose(emb[5], good[3], atol=1e-6) and torch.equal(emb[6:], good[6:])
-    assert len(torch.load(cached(encoder), weights_only=True)["keys"]) == 40
+    assert len(retrieve.read_cache(cached(encoder), retrieve.settings_of(encoder))[0]) == 40
 
 
 def test_a_stopped_embedding_goes_on(encoder, phantom, tmp_path, monkeypatch):
@@ -268,7 +258,7 @@ def test_embeddings_without_a_place_to_keep_them(encoder, phantom, rows, tmp_pat
     monkeypatch.chdir(tmp_path)
     encoder.source = "google/siglip2"
     retrieve.image_embeddings(encoder, phantom, rows[:4])
-    assert (tmp_path / "runs" / "embeddings" / "google--siglip2" / "phantom.pt").is_file()
+    assert (tmp_path / "runs" / "embeddings" / "google--siglip2" / "phantom.safetensors").is_file()
     shutil.rmtree("runs")
     Path("runs").write_text("a file where the folder should be")
     assert len(retrieve.image_embeddings(encoder, phantom, rows[:4])) == 4
@@ -370,6 +360,31 @@ def test_table_1_for_several_checkpoints(encoder, phantom, tmp_path, monkeypatch
                for line in text.splitlines()) == 4
 
 
+def test_categories_by_hand(encoder, phantom, tmp_path, monkeypatch, capsys):
+    """Guards: "No nodule." read as a nodule; a score with its sign turned; a table of another
+    split; a film's heat map scored with another film's boxes."""
+    out = call(monkeypatch, capsys, "--checkpoint", encoder.source, "--data", phantom, "--split",
+               "train", "--categories", "Nodule", "unicorn", "--json", tmp_path / "c.json")
+    assert "AUROC" in out and "unicorn" in out
+    found = json.loads((tmp_path / "c.json").read_text())["categories"]
+    rows = data.read_manifest(phantom, "train")
+    labels = np.array([any("nodule" in r["phrase"] for r in row["regions"]) for row in rows])
+    with torch.no_grad():
+        films = torch.cat([encoder.encode_image(row["path"]) for row in rows])
+        yes, no = encoder.encode_text(["Nodule.", "No nodule."])
+    score = (films @ (yes - no)).numpy()
+    pairs = [(a > b) for a in score[labels] for b in score[~labels]]
+    assert found["Nodule"]["AUROC"] == pytest.approx(np.mean(pairs), abs=0.01)
+    assert found["Nodule"]["n_images"] == labels.sum() > 0
+    best = (films @ yes).argsort(descending=True)[:5].numpy()
+    assert found["Nodule"]["P@5"] == pytest.approx(labels[best].mean())
+    ratios = [metrics.contrast_to_noise_ratio(
+        encoder.heat_map(row["path"], [r["phrase"]])[0].numpy(), r["boxes"])
+        for row in rows for r in row["regions"] if "nodule" in r["phrase"]]
+    assert found["Nodule"]["CNR"] == pytest.approx(np.nanmean(ratios), abs=1e-4)
+    assert found["unicorn"]["AUROC"] is None and found["unicorn"]["P@10"] == 0
+
+
 def test_search_by_image(encoder, phantom, tmp_path, monkeypatch, capsys):
     """Guards: the query among its own neighbours, neighbours that are not the nearest, a contact
     sheet without the query first or without boxes."""
@@ -444,7 +459,8 @@ def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_pat
     (("--image", __file__), "cannot be read as an image"), (("--k", 13, "--text", "x"), "1 to 12"),
     (("--data", "nowhere"), "no such file"), (("--device", "tpu9"), "tpu9"),
     (("--split", "val", "--data", "test only"), "pool is empty"),
-    (("--batch-size", 0), "1 or more"),
+    (("--batch-size", 0), "1 or more"), (("--categories", " ."), "one is empty"),
+    (("--categories", "nodule", "--text", "x"), "goes with Table 1"),
     (("--checkpoint", "a", "b", "--text", "x"), "wanted one for a search")])
 def test_bad_flags_get_one_line(encoder, phantom, tmp_path, monkeypatch, capsys, flags, words):
     """Guards: a traceback, a search of something else than was asked for, a file half written."""
@@ -454,7 +470,7 @@ def test_bad_flags_get_one_line(encoder, phantom, tmp_path, monkeypatch, capsys,
     shutil.copytree(phantom, "test only")
     Path("test only/manifest.jsonl").write_text("\n".join(rows))
     before = set(tmp_path.rglob("*"))
-    with pytest.raises((RetrieveError, data.DataError), match=words) as error:
+    with pytest.raises((RetrieveError, ModelError, data.DataError), match=words) as error:
         call(monkeypatch, capsys, "--checkpoint", encoder.source, "--data", phantom, *flags)
     assert "\n" not in str(error.value) and set(tmp_path.rglob("*")) == before
 
@@ -479,7 +495,8 @@ def test_torchrun_gives_the_embeddings_of_one_process(encoder, phantom, rows, tm
     """Guards: films of a rank lost or out of order, a result or a cache written twice, ranks that
     wait for each other for ever."""
     retrieve.image_embeddings(encoder, phantom, data.read_manifest(phantom), batch_size=8)
-    alone = torch.load(cached(encoder), weights_only=True)
+    settings = retrieve.settings_of(encoder)
+    keys, alone = retrieve.read_cache(cached(encoder), settings)
     cached(encoder).unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                str(ROOT / "retrieve.py"), "--checkpoint", encoder.source, "--data", str(phantom),
@@ -490,6 +507,5 @@ def test_torchrun_gives_the_embeddings_of_one_process(encoder, phantom, rows, tm
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Image-to-Text") == 1 and done.stdout.count("Next:") == 1
     assert json.loads((tmp_path / "t.json").read_text())["n_images"] == 54
-    shared = torch.load(cached(encoder), weights_only=True)
-    assert shared["keys"] == alone["keys"] and shared["settings"] == alone["settings"]
-    assert torch.allclose(shared["embeddings"], alone["embeddings"], atol=1e-6)
+    shared_keys, shared = retrieve.read_cache(cached(encoder), settings)
+    assert shared_keys == keys and torch.allclose(shared, alone, atol=1e-6)
