@@ -27,13 +27,14 @@ import sys
 import textwrap
 import time
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 from transformers import AutoConfig, SiglipModel
@@ -437,17 +438,18 @@ def shared_findings(rows, image_emb, k=5, most=2000):
 DENIED = re.compile(r"\b(no|not|without|free of)\b")
 
 
-def shows(row, category):
-    """Does a sentence of the film's report, or of its boxed phrases, name the category and not deny
-    it? A plain reading of words, for want of labels."""
-    return any(category in sentence.lower() and not DENIED.search(sentence.lower())
-               for sentence in data.split_sentences(words_of(row)))
+def sentences_on(row, category):
+    """Sentences of the film's report, or its boxed phrases, that name the category and do not deny
+    it: a plain reading of words, for want of labels."""
+    return [sentence for sentence in data.split_sentences(words_of(row))
+            if category in sentence.lower() and not DENIED.search(sentence.lower())]
 
 
 def by_category(encoder, rows, image_emb, categories):
     """Zero-shot classification, retrieval by category and heat maps; not in the paper.
 
-    AUROC of cos(E_I, "Nodule.") - cos(E_I, "No nodule."), P@K of the films nearest to "Nodule.",
+    A category's prompt is the mean E_T of the 20 commonest sentences that name it, "Nodule." if
+    there are none. AUROC of its cosine less that of "No nodule.", P@K of the films nearest to it,
     and the mean contrast-to-noise ratio of the heat maps of its boxed phrases.
     -> {category: {"n_images", "AUROC", "P@1", .., "CNR"}}; None where there is no such film."""
     results, ratios = {}, defaultdict(list)                    # ratios: {phrase: [CNR, ...]}
@@ -459,12 +461,16 @@ def by_category(encoder, rows, image_emb, categories):
                     metrics.contrast_to_noise_ratio(one, region["boxes"]))
     for category in categories:
         name = category.lower().rstrip(".")
-        labels = [shows(row, name) for row in rows]
-        texts = text_embeddings(encoder, [f"{name.capitalize()}.", f"No {name}."])
-        nearest = top_k(texts[:1], image_emb, min(10, len(rows)))[1].numpy()
+        sentences = [sentences_on(row, name) for row in rows]
+        labels = [bool(some) for some in sentences]
+        common = Counter(sentence for some in sentences for sentence in some).most_common(20)
+        named = [sentence for sentence, _ in common] or [f"{name.capitalize()}."]
+        *texts, denied = text_embeddings(encoder, [*named, f"No {name}."]).to(image_emb.device)
+        prompt = F.normalize(torch.stack(texts).mean(0), dim=0)
+        nearest = top_k(prompt[None], image_emb, min(10, len(rows)))[1].numpy()
         own = [ratio for phrase in ratios if name in phrase for ratio in ratios[phrase]
                if not math.isnan(ratio)]                       # a box between the patches' centres
-        values = {"AUROC": metrics.auroc(image_emb @ (texts[0] - texts[1]), labels),
+        values = {"AUROC": metrics.auroc(image_emb @ (prompt - denied), labels),
                   **metrics.precision_at_k(nearest, [True], labels),
                   "CNR": float(np.mean(own)) if own else math.nan}
         results[category] = {"n_images": sum(labels), **{
@@ -611,7 +617,8 @@ def parse_args():
                      "the cosine of E_T and E_I; cut at the text encoder's length (64 tokens)")
     group.add_argument("--categories", nargs="+", metavar="WORDS", help="beside Table 1: zero-shot "
                        "AUROC, P@K and the heat maps' contrast-to-noise ratio of such findings as "
-                       "'nodule' or 'pleural effusion'; a film shows one if a sentence says so")
+                       "'nodule' or 'pleural effusion'; a film shows one if a sentence says so, "
+                       "and the commonest of these sentences are the prompt")
     group.add_argument("--k", type=int, default=5, metavar="N",
                        help="films to find (default: %(default)s; Table 1 always prints R@1 to 40)")
 
@@ -646,7 +653,8 @@ def check_args(args):
     if args.text is not None and not args.text.strip():
         raise RetrieveError("--text is empty: wanted a sentence such as 'No pleural effusion.'")
     if args.categories and (args.image or args.text):
-        raise RetrieveError("--categories goes with Table 1, not with a search by --image or --text")
+        raise RetrieveError("--categories goes with Table 1, not with a search by --image or "
+                            "--text")
     if not all(category.strip(" .") for category in args.categories or []):
         raise RetrieveError("--categories: one is empty; wanted words such as 'pleural effusion'")
     if len(args.checkpoint) > 1 and (args.image or args.text):
