@@ -344,12 +344,15 @@ def trainer_rate(model, dataset, collate, steps, batch_size):
     import train
 
     class Samples(torch.utils.data.Dataset):
-        """One epoch after another of the same dataset."""
+        """One epoch after another, each with draws of its own, as in train.py."""
+        drawn = 0
+
         def __len__(self):
             return len(dataset)
 
         def __getitem__(self, i):
-            return dataset[0, i]
+            self.drawn += 1
+            return dataset[self.drawn // len(dataset), i]
 
     class Loss(torch.nn.Module):
         def __init__(self):
