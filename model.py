@@ -412,8 +412,16 @@ class LoFi(nn.Module):
         """Write tokenizer/, model.safetensors and config.json, files to a temporary name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.llm_tokenizer.save_pretrained(folder / "tokenizer")
-        self.text_tokenizer.save_pretrained(folder / "tokenizer" / "text")
+        content = lambda part: {p.relative_to(part): p.read_bytes()
+                                for p in part.rglob("*") if p.is_file()}
+        kept, draft = folder / "tokenizer", folder / "tokenizer.tmp"
+        shutil.rmtree(draft, ignore_errors=True)
+        self.llm_tokenizer.save_pretrained(draft)
+        self.text_tokenizer.save_pretrained(draft / "text")
+        if content(kept) != content(draft):                    # a checkpoint's own stays: no moment
+            shutil.rmtree(kept, ignore_errors=True)            # of a kill finds it half written
+            draft.rename(kept)
+        shutil.rmtree(draft, ignore_errors=True)
         data.write_whole(folder / "model.safetensors", lambda draft: safe_save_file(
             self.saved_state(), draft, metadata={"format": "pt"}))
         data.write_json(folder / "config.json", dataclasses.asdict(self.config))

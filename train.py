@@ -671,6 +671,8 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted")
-    except torch.OutOfMemoryError:
-        sys.exit("train.py: out of GPU memory; lower --batch-size (and raise --accumulate), "
+    except RuntimeError as error:                              # on a CPU it has no name of its own
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        sys.exit("train.py: out of memory; lower --batch-size (and raise --accumulate), "
                  "or add --grad-checkpoint")

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,22 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(odd, tmp_path, monkeypatch)
     assert (tmp_path / "m" / "trainer.pt").read_bytes() == good
     assert not list((tmp_path / "m").glob("*.tmp"))
     main(monkeypatch, *flags, "--save-every", 2, "--resume")
+
+
+def test_out_of_memory_says_what_to_lower(odd, tmp_path, monkeypatch):
+    """Guards: a traceback where a smaller batch is all that is wanted; another error hidden."""
+    def fail(words):
+        def backward(*_, **__):
+            raise RuntimeError(words)
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        flags = ("--data", odd, *FAST, "--steps", 1, "--workers", 0, "--out", tmp_path / "n")
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match="out of memory; lower --batch-size"):
+        fail("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: "
+             "you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        fail("shapes differ")
 
 
 def test_workers_do_not_change_the_batches(odd, tmp_path, monkeypatch):
