@@ -61,6 +61,8 @@ class DataError(ValueError):
     """The data are not as they should be; the message is one line for the person who gave them."""
 
 
+# ---- files, whole or not there ------------------------------------------------------------------
+
 def write_whole(path, write):
     """write(draft), then rename it to path: whole or not there, its folder made where it is
     missing. Raises DataError where the disk cannot take it."""

@@ -412,16 +412,15 @@ class LoFi(nn.Module):
         """Write tokenizer/, model.safetensors and config.json, files to a temporary name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        content = lambda part: {p.relative_to(part): p.read_bytes()
-                                for p in part.rglob("*") if p.is_file()}
-        kept, draft = folder / "tokenizer", folder / "tokenizer.tmp"
-        shutil.rmtree(draft, ignore_errors=True)
-        self.llm_tokenizer.save_pretrained(draft)
-        self.text_tokenizer.save_pretrained(draft / "text")
-        if content(kept) != content(draft):                    # a checkpoint's own stays: no moment
-            shutil.rmtree(kept, ignore_errors=True)            # of a kill finds it half written
-            draft.rename(kept)
-        shutil.rmtree(draft, ignore_errors=True)
+        drafts = folder / "tokenizer.tmp"
+        try:
+            self.llm_tokenizer.save_pretrained(drafts)
+            self.text_tokenizer.save_pretrained(drafts / "text")
+            (folder / "tokenizer" / "text").mkdir(parents=True, exist_ok=True)
+            for draft in [path for path in drafts.rglob("*") if path.is_file()]:
+                os.replace(draft, folder / "tokenizer" / draft.relative_to(drafts))
+        finally:
+            shutil.rmtree(drafts, ignore_errors=True)
         data.write_whole(folder / "model.safetensors", lambda draft: safe_save_file(
             self.saved_state(), draft, metadata={"format": "pt"}))
         data.write_json(folder / "config.json", dataclasses.asdict(self.config))

@@ -172,6 +172,12 @@ def batches(n_rows, batch_size, seed, first, last, rank=0, world=1):
         yield [(epoch, int(i)) for i in np.array_split(batch, world)[rank]]
 
 
+def images_per_step(args, config, n_rows, world=1):
+    """Of all processes, before --accumulate: config.batch_size each, or what the rows allow."""
+    most = n_rows if args.batch_size else max(world, n_rows // config.min_batches)
+    return min(config.batch_size * world, most)
+
+
 def learning_rate(step, steps, config):
     """Linear warm-up, then cosine annealing to 0 (Sec. 2.0.4); step counts from 0."""
     warmup = max(1, round(config.warmup * steps))
@@ -489,8 +495,9 @@ def build_model(args, start, rows):
     sources = {name: source for name, source in sources.items() if source or args.random_init}
     config = dataclasses.replace(config, **sources, **changed)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    model = LoFi.build(dataclasses.replace(config, batch_size=world * config.batch_size),
-                       data.tokenizer_texts(rows))             # b starts by the batch of all
+    batch_size = images_per_step(args, config, len(rows), world)        # by which b starts
+    model = LoFi.build(dataclasses.replace(config, batch_size=batch_size),
+                       data.tokenizer_texts(rows))
     model.config = dataclasses.replace(model.config, batch_size=config.batch_size)
     return model
 
@@ -560,8 +567,7 @@ def main():
     if len(rows) < world:
         raise TrainError(f"{path}: {len(rows)} training images for {world} processes; "
                          "start fewer")
-    most = len(rows) if args.batch_size else max(world, len(rows) // config.min_batches)
-    batch_size = min(config.batch_size * world, most)                   # of all processes
+    batch_size = images_per_step(args, config, len(rows), world)
     epoch = batches_per_epoch(len(rows), batch_size, world) / args.accumulate      # in steps
     limits = [config.steps, config.epochs and math.ceil(config.epochs * epoch)]
     steps = min(limit for limit in limits if limit)
