@@ -1,12 +1,14 @@
 """The four objectives of LoFi and their total (Sec. 2.0.1, Eq. 1 to 4), each a pure function.
 
-B images  D shared width  N target tokens of all rows  R rows of the LLM (image, prompt, target)
+B images  D shared width  R rows of the LLM (image, prompt, target)  H its width
+N target tokens of all rows
 With several processes each function gives its own process's share, and the shares add up.
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 CAPTIONING, GROUNDING, DENSE_CAPTIONING = range(3)     # tau: the order of data.TASKS
 
@@ -51,12 +53,26 @@ def sigmoid_loss(image_emb, text_emb, t, b, first=0):
     return -F.logsigmoid(delta * logits).sum() / len(text_emb)
 
 
-def autoregressive_nll(logits, targets, row_of_target, n_rows):
+def token_nll(hidden, head, targets, at_once=2 ** 25):
+    """-log p_LLM of each target token: hidden (N, H), head H -> vocab, targets (N,) ids -> (N,).
+
+    The logits, N x 262,144 for Gemma, would be the largest thing in memory, several times over: at
+    most at_once of them exist, and the backward pass computes them again."""
+    nll = lambda h, t: F.cross_entropy(head(h).float(), t, reduction="none")
+    n = max(1, at_once // head.weight.shape[0])
+    if len(hidden) <= n:
+        return nll(hidden, targets)
+    return torch.cat([checkpoint(nll, h, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(n), targets.split(n))])
+
+
+def autoregressive_nll(hidden, head, targets, row_of_target, n_rows):
     """-log p_LLM(target | visual tokens, prompt) of each row, averaged over its target tokens.
 
-    logits: (N, vocab) where a target token is predicted; targets: (N,) ids; row_of_target: (N,) in
-    [0, R). Returns (R,). The mean over tokens makes a box of numbers count as much as a report."""
-    nll = F.cross_entropy(logits.float(), targets, reduction="none")               # (N,)
+    hidden: (N, H) where a target token is predicted; head: the LLM's, to its vocabulary; targets:
+    (N,) ids; row_of_target: (N,) in [0, R). Returns (R,). The mean over tokens makes a box of
+    numbers count as much as a report."""
+    nll = token_nll(hidden, head, targets)                                         # (N,)
     total = nll.new_zeros(n_rows).index_add(0, row_of_target, nll)
     return total / torch.bincount(row_of_target, minlength=n_rows).clamp(min=1)
 

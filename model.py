@@ -100,8 +100,8 @@ class Config:
 PAPER = Config()
 TINY = Config(                          # for a few hundred films on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=3600, epochs=300,
-    batch_size=48, min_batches=12, n_regions=3, max_target=40, augment=1.0, cache=True,
+    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=4000, epochs=334,
+    batch_size=48, min_batches=12, n_regions=3, max_target=34, augment=0.7, cache=True,
     vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
     text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=24, projection_size=128),
@@ -326,26 +326,27 @@ class LoFi(nn.Module):
         bos = torch.full((len(ids), 1), self.llm_tokenizer.bos_token_id, device=ids.device)
         return torch.cat([table(bos), visual, table(ids)], 1)
 
-    def target_logits(self, visual, ids, is_target):
-        """p_LLM at the targets alone: visual (R, V, H), ids and is_target (R, L) -> (N, vocab).
+    def target_states(self, visual, ids, is_target):
+        """The LLM's states that predict the targets: visual (R, V, H), ids and is_target (R, L)
+        -> (N, H). The loss asks its head for the vocabulary at these alone.
 
         Rows are padded on the right and the mask is causal, so no target sees padding. Rows of any
-        task share this one pass; the vocabulary is only computed where a target is."""
+        task share this one pass."""
         decoder = self.llm.get_decoder()
         hidden = decoder(inputs_embeds=self.embed(visual, ids), use_cache=False).last_hidden_state
         hidden = hidden[:, visual.shape[1]:-1]                 # position before each id  (R, L, H)
-        return self.llm.get_output_embeddings()(hidden[is_target])
+        return hidden[is_target]
 
     def forward(self, batch):
-        """A batch of data.Collate -> image_emb (B, D), text_emb (B, D), logits (N, vocab).
+        """A batch of data.Collate -> image_emb (B, D), text_emb (B, D), target states (N, H).
 
-        text_emb is None without the sigmoid objective, the logits where no row asks the LLM."""
+        text_emb is None without the sigmoid objective, the states where no row asks the LLM."""
         image_emb, patches = self.encode_image(batch["image"], with_patches=True)
         text_emb = self.encode_text(batch["text"]) if "text" in batch else None
         if not len(batch["ids"]):
             return image_emb, text_emb, None
         visual = self.visual_tokens(patches)[batch["image_of_row"]]                # (R, V, H)
-        return image_emb, text_emb, self.target_logits(visual, batch["ids"], batch["is_target"])
+        return image_emb, text_emb, self.target_states(visual, batch["ids"], batch["is_target"])
 
     @torch.inference_mode()
     def generate(self, visual, prompts, max_new_tokens=256):

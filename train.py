@@ -92,7 +92,7 @@ def parse_args():
                        "cosine to 0 (preset; paper: 3e-4)")
     group.add_argument("--augment", type=float, metavar="X", help="strength of crop, brightness "
                        "and contrast, boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of "
-                       "the film; not in the paper (preset: paper 0, tiny 1, on the phantom 0.1)")
+                       "the film; not in the paper (preset: paper 0, tiny 0.7, on the phantom 0.1)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -258,16 +258,18 @@ def step_losses(model, batch, objectives, lam, precision):
     losses over the images of all."""
     device = batch["image"].device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        image_emb, text_emb, logits = model(batch)
-    l_s, nll = torch.zeros((), device=device), torch.zeros(0, device=device)
+        image_emb, text_emb, hidden = model(batch)
+        nll = torch.zeros(0, device=device)
+        if hidden is not None:
+            row_of_target, _ = batch["is_target"].nonzero(as_tuple=True)
+            nll = losses.autoregressive_nll(hidden, model.llm.get_output_embeddings(),
+                                            batch["ids"][batch["is_target"]], row_of_target,
+                                            len(batch["ids"]))
+    l_s = torch.zeros((), device=device)
     if text_emb is not None:
         text_emb, first = losses.gather(text_emb)
         l_s = losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
                                   model.siglip.logit_bias, first)
-    if logits is not None:
-        row_of_target, _ = batch["is_target"].nonzero(as_tuple=True)
-        nll = losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row_of_target,
-                                        len(batch["ids"]))
     every_nll, _ = losses.gather(nll.detach())
     every_task, _ = losses.gather(batch["task_of_row"])
     l_c = losses.captioning_loss(every_nll, every_task)

@@ -5,6 +5,7 @@
     prepare      the converters: rows a second, resized images a second
     train        train.py's loop against the bare step, the Trainer and the naive formulation
     hints        on the default run: does a box follow "left" and "right" in its phrase?
+    ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each, an hour on 2 cores
 
 Machines are shared and differ, so a figure alone says little: compare the ratios.
 """
@@ -406,7 +407,8 @@ def naive_losses(model, batch, lam=5.0):
 
 
 def formulation(folder, naive, times=3):
-    """In a process of its own: (samples a second, peak GB above model and data, loss)."""
+    """In a process of its own: (samples a second, peak GB above model and data, loss). Gemma's
+    width, vocabulary and LoRA, 4 of its 18 layers, and 64 visual tokens, on tiny towers."""
     import dataclasses
 
     import torch
@@ -414,8 +416,9 @@ def formulation(folder, naive, times=3):
     import train
     from model import PAPER, TINY
     config = dataclasses.replace(
-        TINY, decoder=dict(PAPER.decoder, num_hidden_layers=4), llm_lora_rank=4, max_target=64)
-    model, _, _, _, batches = train_parts(folder, config, 8, 1)
+        TINY, decoder=dict(PAPER.decoder, num_hidden_layers=4), llm_lora_rank=PAPER.llm_lora_rank,
+        n_queries=PAPER.n_queries, max_target=PAPER.max_target)
+    model, _, _, _, batches = train_parts(folder, config, PAPER.batch_size, 1)
     kept, batch, status = [], batches[0], Path("/proc/self/status")
 
     def gb(name):
@@ -430,11 +433,12 @@ def formulation(folder, naive, times=3):
     before = gb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")              # Linux: the peak starts anew
     seconds = seconds_of(work, times)
-    return 8 / seconds, gb("VmHWM") - before, kept[0]
+    return PAPER.batch_size / seconds, gb("VmHWM") - before, kept[0]
 
 
-def bench_train(steps=60, batch_size=48):
-    """train.py's loop, the bare step, Hugging Face's Trainer, the naive formulation, the parts."""
+def bench_train(steps=45, batch_size=48, rounds=5):
+    """train.py's loop, the bare step and Hugging Face's Trainer in turn, medians of the rounds; the
+    naive formulation; the parts."""
     import multiprocessing
 
     import torch
@@ -454,26 +458,26 @@ def bench_train(steps=60, batch_size=48):
                     "naive over one pass, memory": naive[1] / ours[1]}
 
         model, optimizer, dataset, collate, batches = train_parts(phantom, TINY, batch_size)
-        bare = lambda: [bare_step(model, batch) for batch in batches]
+        bare = lambda: batch_size * len(batches) / seconds_of(
+            lambda: [bare_step(model, batch) for batch in batches])
         bare()
-        before = seconds_of(bare) / len(batches)
-        loop = loop_rate(phantom, steps, batch_size)
-        between = seconds_of(bare) / len(batches)
-        trainer = trainer_rate(model, dataset, collate, steps, batch_size)
-        after = seconds_of(bare) / len(batches)
-        rate = batch_size * 2 / (before + between)
-        figures |= {"train.py, samples/s": loop, "bare step, samples/s": rate,
-                    "loop over bare step": loop / rate,
-                    "Trainer, samples/s": trainer,
-                    "Trainer over bare step": trainer * (between + after) / 2 / batch_size}
+        rates = np.array([(bare(), loop_rate(phantom, steps, batch_size), bare(),
+                           trainer_rate(model, dataset, collate, steps, batch_size))
+                          for _ in range(rounds)])
+        before, loop, between, trainer = rates.T               # samples a second, in turn
+        figures |= {"bare step, samples/s": np.median((before + between) / 2),
+                    "train.py, samples/s": np.median(loop),
+                    "Trainer, samples/s": np.median(trainer),
+                    "loop over bare step": np.median(loop * 2 / (before + between)),
+                    "loop over Trainer": np.median(loop / trainer)}
 
         with FlopCounterMode(display=False) as counter:
             bare_step(model, batches[0])
         a, flops = torch.randn(2048, 2048), counter.get_total_flops()
         peak = 2 * 2048 ** 3 / seconds_of(lambda: a @ a, 10)
-        figures |= {"GFLOP a step": flops / 1e9, "GFLOP/s of the bare step": flops / between / 1e9,
-                    "GFLOP/s of a matmul": peak / 1e9,
-                    "share of the matmul's": flops / between / peak}
+        rate = flops * bare() / batch_size
+        figures |= {"GFLOP a step": flops / 1e9, "GFLOP/s of the bare step": rate / 1e9,
+                    "GFLOP/s of a matmul": peak / 1e9, "share of the matmul's": rate / peak}
         figures |= parts_of_a_step(model, optimizer, dataset, collate, batches[0])
     return figures
 
@@ -491,9 +495,9 @@ def parts_of_a_step(model, optimizer, dataset, collate, batch, times=5):
 
     def decoder():
         tokens = model.visual_tokens(visual)[batch["image_of_row"]]
-        logits = model.target_logits(tokens, batch["ids"], batch["is_target"])
+        hidden = model.target_states(tokens, batch["ids"], batch["is_target"])
         row, _ = batch["is_target"].nonzero(as_tuple=True)
-        losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row,
+        losses.autoregressive_nll(hidden, model.llm.lm_head, batch["ids"][batch["is_target"]], row,
                                   len(tokens)).mean().backward()
 
     def update():
@@ -533,10 +537,55 @@ def bench_hints(run="runs/phantom", folder="runs/phantom_data"):
             "mean move, of the film's width": float(np.mean(moved))}
 
 
+# ---- ablate -------------------------------------------------------------------------------------
+
+ABLATIONS = {"s": ["--objectives", "s"], "sc": ["--objectives", "sc"], "scgd": [],
+             "scgd, lambda 1": ["--lambda", "1"], "scgd, lambda 10": ["--lambda", "10"]}
+COLUMNS = ["i2t R@1", "t2i R@1", "i2t R@10", "t2i R@10", "F, nearest", "F, decoder"]
+
+
+def ablation_run(job):
+    """Train on one thread, then ground by the nearest of 20 demonstrations -> COLUMNS, percent. A
+    run that is there already is not trained again."""
+    import metrics
+    flags, seed, steps, out = job
+    runs = {out / "metrics.json": ["train.py", *flags, "--seed", str(seed), "--steps", str(steps),
+                                   "--device", "cpu", "--workers", "1", "--out", out],
+            out / "nearest.jsonl": ["icl_ground.py", "--data", "runs/phantom_data", "--lvlm",
+                                    "nearest", "--k", "20", "--checkpoint", out, "--device", "cpu",
+                                    "--out", out / "nearest.jsonl"]}
+    for path, (script, *rest) in runs.items():
+        if not path.exists():
+            subprocess.run([sys.executable, ROOT / script, *rest], check=True, capture_output=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = json.loads((out / "metrics.json").read_text())
+    nearest = metrics.grounding_metrics(metrics.read_predictions(out / "nearest.jsonl"))
+    return [100 * v for v in (done["i2t"]["R@1"], done["t2i"]["R@1"], done["i2t"]["R@10"],
+                              done["t2i"]["R@10"], nearest["F@0.5"], done["grounding"]["F@0.5"])]
+
+
+def ablate(seeds=(0, 1, 2), steps=725, folder="runs/ablate"):
+    """Fig. 4 on the phantom, each run half as long as the default one: mean and standard deviation
+    over the seeds. Interrupted, it goes on with the runs that are not there yet."""
+    from concurrent.futures import ThreadPoolExecutor
+    if not Path("runs/phantom_data/manifest.jsonl").exists():
+        data.make_phantom("runs/phantom_data")
+    jobs = [(flags, seed, steps, Path(folder, f"{name.replace(', lambda ', '_')}_{seed}"))
+            for name, flags in ABLATIONS.items() for seed in seeds]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = np.array(list(pool.map(ablation_run, jobs))).reshape(len(ABLATIONS), len(seeds), -1)
+    print(f"{'':16}" + "".join(f"{column:>16}" for column in COLUMNS))
+    for name, row in zip(ABLATIONS, rows):
+        print(f"{name:16}" + "".join(f"{mean:9.2f} +- {sd:4.2f}" for mean, sd in
+                                     zip(row.mean(0), row.std(0, ddof=1))))
+    return {f"{name}: {column}": mean for name, row in zip(ABLATIONS, rows)
+            for column, mean in zip(COLUMNS, row.mean(0))}
+
+
 # ---- command line -------------------------------------------------------------------------------
 
 BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": prepare,
-              "train": bench_train, "hints": bench_hints}
+              "train": bench_train, "hints": bench_hints, "ablate": ablate}
 
 
 def main():

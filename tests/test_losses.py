@@ -65,7 +65,7 @@ def test_autoregressive_losses_are_gemmas_labels_loss():
     is_target = labels != -100
     hidden = llm.model(ids).last_hidden_state[:, :-1][is_target[:, 1:]]
     row, _ = is_target.nonzero(as_tuple=True)
-    nll = losses.autoregressive_nll(llm.lm_head(hidden).float(), ids[is_target], row, 4).double()
+    nll = losses.autoregressive_nll(hidden, llm.lm_head, ids[is_target], row, 4).double()
     assert torch.allclose(nll, by_row, atol=1e-6)
     assert torch.allclose(losses.captioning_loss(nll, task), by_row[0])
     assert torch.allclose(losses.grounding_loss(nll, task), (by_row[1] + by_row[3]) / 2)
@@ -78,7 +78,8 @@ def test_autoregressive_losses_are_gemmas_labels_loss():
 def test_autoregressive_nll_by_double_loop():
     """Guards: a row's mean taken over another row's tokens; value and gradient by plain loops."""
     torch.manual_seed(1)
-    logits = torch.randn(6, 5, requires_grad=True)
+    head, hidden = torch.nn.Linear(3, 5, bias=False), torch.randn(6, 3)
+    logits = head(hidden)
     targets, row = torch.tensor([0, 4, 2, 2, 1, 3]), torch.tensor([0, 0, 0, 1, 2, 2])
     expected = torch.zeros(4)
     for r in range(4):
@@ -86,12 +87,32 @@ def test_autoregressive_nll_by_double_loop():
         for n in tokens:
             p = logits[n].exp()[targets[n]] / logits[n].exp().sum()
             expected[r] = expected[r] - torch.log(p) / len(tokens)
-    nll = losses.autoregressive_nll(logits, targets, row, 4)   # row 3 has no target: 0, not NaN
+    nll = losses.autoregressive_nll(hidden, head, targets, row, 4)       # row 3 has no target: 0
     assert torch.allclose(nll, expected)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    ours = torch.autograd.grad((nll * weight).sum(), logits, retain_graph=True)[0]
-    wanted = torch.autograd.grad((expected * weight).sum(), logits)[0]
+    ours = torch.autograd.grad((nll * weight).sum(), head.weight)[0]
+    wanted = torch.autograd.grad((expected * weight).sum(), head.weight)[0]
     assert torch.allclose(ours, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 10, 15, 1000])
+def test_logits_in_parts_change_nothing(at_once):
+    """Guards: a part left out or counted twice, a gradient lost in the recomputation. Oracle: all
+    logits at once, in double precision."""
+    torch.manual_seed(2)
+    head, hidden = torch.nn.Linear(3, 5).double(), torch.randn(7, 3).double().requires_grad_()
+    targets = torch.tensor([0, 4, 2, 2, 1, 3, 0])
+    seen = []
+    head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
+    ours = losses.token_nll(hidden, head, targets, at_once)
+    assert max(seen) <= max(5, at_once)
+    wanted = -head(hidden).float().log_softmax(1)[range(7), targets]
+    assert torch.allclose(ours, wanted)
+    weight = torch.arange(7.0)
+    for of in (hidden, head.weight):
+        a, b = (torch.autograd.grad((nll * weight).sum(), of, retain_graph=True)[0]
+                for nll in (ours, wanted))
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_a_task_that_was_not_drawn_is_nan_and_leaves_the_total_alone():

@@ -31,10 +31,10 @@ def fill_lora(model):
 
 
 def all_losses(model, batch):
-    image_emb, text_emb, logits = model(batch)
+    image_emb, text_emb, hidden = model(batch)
     row, _ = batch["is_target"].nonzero(as_tuple=True)
-    nll = losses.autoregressive_nll(logits, batch["ids"][batch["is_target"]], row,
-                                    len(batch["ids"]))
+    nll = losses.autoregressive_nll(hidden, model.llm.lm_head, batch["ids"][batch["is_target"]],
+                                    row, len(batch["ids"]))
     return losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
                                model.siglip.logit_bias), nll
 
@@ -94,7 +94,7 @@ def touched(model, loss):
     return {n for (n, _), g in zip(trains, grads) if g is not None and g.abs().sum() > 0}
 
 
-def test_target_logits_are_gemmas(model, batch):
+def test_the_loss_of_targets_is_gemmas(model, batch):
     """Guards: logits one place off, a missing <bos>, visual tokens scaled by sqrt(H), padding that
     is seen.
 

@@ -65,6 +65,19 @@ def test_commands_name_scripts_and_flags_that_exist():
             assert flag in text, f"{script} has no {flag}"
 
 
+def test_figures_agree():
+    """Guards: a run measured anew whose figures were changed in one of their places."""
+    def row(start, text=README):
+        return re.findall(r"\d+\.\d\d", re.search(rf"^ *{start}.*$", text, re.M)[0])
+    results = README.split("## Results")[1]
+    for name in ("image-to-text", "text-to-image"):
+        printed = row(name)                                    # R@1, R@5, R@10, R@20, R@40
+        assert row(rf"\| {name}", results)[2:4] == [printed[0], printed[2]]
+    lofi, prior = row("LoFi  "), row("phrase prior  ")
+    assert row(r"\| F@0.5, LoFi", results)[1:] == [lofi[2], prior[2]]
+    assert f"Ro/L {prior[0]}, F@0.5 {prior[2]}, LoFi's own decoder {lofi[0]} and {lofi[2]}" in results
+
+
 def test_the_picture_is_there():
     """Guards: a README with a broken picture."""
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
