@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from metrics import box_iou
 
-# ---- prompts (Eq. 2 to 4); of the last two the paper prints only the beginning ------------------
+# ---- prompts (Eq. 2, 3, L_d); of the last two the paper prints only the beginning ----------------
 
 CAPTIONING_PROMPT = "Report this medical scan."             # P_c
 GROUNDING_PROMPT = "Detect all instances of: {phrase}"      # P_g; ending not stated in the paper

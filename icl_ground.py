@@ -45,7 +45,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 import data                                            # noqa: E402
 import metrics                                         # noqa: E402
 import retrieve                                        # noqa: E402
-from model import LoFi, SafetensorError, find_device   # noqa: E402
+from model import ANSWER_TOKENS, LoFi, SafetensorError, find_device   # noqa: E402
 
 MEDGEMMA = "google/medgemma-1.5-4b-it"                 # the paper's LVLM               (Sec. 2.0.4)
 
@@ -417,7 +417,7 @@ def lofi_grounder(model):
     def ground(query, phrases, _):
         prompts = [data.GROUNDING_PROMPT.format(phrase=phrase) for phrase in phrases]
         return [(*data.text_to_boxes(reply), reply)
-                for reply in model.ask(query["path"], prompts, max_new_tokens=96)]
+                for reply in model.ask(query["path"], prompts, ANSWER_TOKENS)]
     return ground
 
 

@@ -1,4 +1,4 @@
-"""The four objectives of LoFi and their total (Sec. 2.0.1, Eq. 1 to 4), each a pure function.
+"""The four objectives of LoFi and their total (Sec. 2.0.1, Eq. 1 to 3), each a pure function.
 
 B images  D shared width  R rows of the LLM (image, prompt, target)  H its width
 N target tokens of all rows

@@ -6,7 +6,8 @@
     python model.py ask RUN IMAGE --phrase WORDS ...       # boxes; also its report, or --box
     python model.py export RUN OUT                         # a plain SiglipModel folder, LoRA merged
 
-B images  P patches  V visual tokens (64)  T text tokens  D shared width  H LLM width
+B images, S x S pixels  P patches, D_v wide  V visual tokens (64)  H LLM width
+T text tokens  D shared width of image and text  g patches a side, P = g * g
 R rows of the LLM (image, prompt, target)  L prompt and target tokens  N target tokens of all rows
 boxes: (x0, y0, x1, y1), fractions of width and height
 """
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from peft.utils.loftq_utils import SafetensorError
+from peft.utils.loftq_utils import SafetensorError             # safetensors comes with both
 from torch import nn
 from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
                           PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
@@ -115,6 +116,7 @@ PRESETS = {"paper": PAPER, "tiny": TINY}
 # it has neither effect nor gradient.
 ENCODER_LORA = r".*encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 LLM_LORA = r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"
+ANSWER_TOKENS = 160                     # boxes (nine) or a phrase; not stated in the paper
 
 
 # ---- attention pooling and projection -----------------------------------------------------------
@@ -381,12 +383,13 @@ class LoFi(nn.Module):
     def ground(self, image, phrases):
         """An image and phrases -> the boxes of each (Eq. 3); none where the answer is malformed."""
         prompts = [data.GROUNDING_PROMPT.format(phrase=phrase) for phrase in phrases]
-        return [data.text_to_boxes(answer)[0] for answer in self.ask(image, prompts, 96)]
+        return [data.text_to_boxes(answer)[0]
+                for answer in self.ask(image, prompts, ANSWER_TOKENS)]
 
     def describe(self, image, boxes):
         """An image and boxes -> the sentence about that region (dense captioning)."""
         prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text(boxes))
-        return self.ask(image, [prompt], 96)[0]
+        return self.ask(image, [prompt], ANSWER_TOKENS)[0]
 
     @torch.inference_mode()
     def heat_map(self, image, phrases):

@@ -242,23 +242,23 @@ def write_cache(path, settings, keys, emb):
 
 
 @torch.no_grad()
-def image_embeddings(encoder, data, rows, batch_size=64):
+def image_embeddings(encoder, path, rows, batch_size=64):
     """E_I of the films of manifest rows -> (N, D) float32 on the CPU, of unit length.
 
-    data: the manifest or its folder, which names the cache. A film is embedded once a checkpoint,
+    path: the manifest or its folder, which names the cache. A film is embedded once a checkpoint,
     and anew when its size or time of change is another; part by part, so that a stopped run goes on
     there. Raises RetrieveError without rows, data.DataError for a film that cannot be read."""
     if not rows:
-        raise RetrieveError(f"{data}: no films to embed, the pool is empty")
-    path, settings = cache_file(encoder, data), settings_of(encoder)
+        raise RetrieveError(f"{path}: no films to embed, the pool is empty")
+    cache, settings = cache_file(encoder, path), settings_of(encoder)
     wanted = [film_key(row) for row in rows]
-    keys, emb = read_cache(path, settings)
+    keys, emb = read_cache(cache, settings)
     known, name = set(keys), lambda key: key.rsplit(" ", 2)[0]
     missing = {key: row["path"] for key, row in zip(wanted, rows) if key not in known}
     names, todo = {name(key) for key in missing}, list(missing)
     kept = [i for i, key in enumerate(keys) if name(key) not in names]
     if len(kept) < len(keys):
-        say(f"{len(keys) - len(kept):,} films changed since they were embedded in {path}")
+        say(f"{len(keys) - len(kept):,} films changed since they were embedded in {cache}")
         keys, emb = [keys[i] for i in kept], emb[kept]
     part = batch_size * math.ceil(max(PART, len(todo) / 16) / batch_size)
     bar = tqdm(total=len(todo), desc="embed", unit="film", disable=not todo or ranks()[0] > 0)
@@ -266,7 +266,7 @@ def image_embeddings(encoder, data, rows, batch_size=64):
         some = todo[i:i + part]
         new = embed(encoder, [missing[key] for key in some], batch_size, bar)
         keys, emb = keys + some, new if emb is None else torch.cat([emb, new])
-        write_cache(path, settings, keys, emb)
+        write_cache(cache, settings, keys, emb)
     bar.close()
     place = {key: i for i, key in enumerate(keys)}
     index = [place[key] for key in wanted]
@@ -438,19 +438,24 @@ def shared_findings(rows, image_emb, k=5, most=2000):
 DENIED = re.compile(r"\b(no|not|without|free of)\b")
 
 
+def names(sentence, category):
+    """Whether a sentence names the category, one or several; "massive" names no mass."""
+    return re.search(rf"\b{re.escape(category)}(s|es)?\b", sentence.lower())
+
+
 def sentences_on(row, category):
     """Sentences of the film's report, or its boxed phrases, that name the category and do not deny
     it: a plain reading of words, for want of labels."""
     return [sentence for sentence in data.split_sentences(words_of(row))
-            if category in sentence.lower() and not DENIED.search(sentence.lower())]
+            if names(sentence, category) and not DENIED.search(sentence.lower())]
 
 
 def by_category(encoder, rows, image_emb, categories):
     """Zero-shot classification, retrieval by category and heat maps; not in the paper.
 
-    A category's prompt is the mean E_T of the 20 commonest sentences that name it, "Nodule." if
-    there are none. AUROC of its cosine less that of "No nodule.", P@K of the films nearest to it,
-    and the mean contrast-to-noise ratio of the heat maps of its boxed phrases.
+    A category's prompt is the mean E_T of the 20 commonest sentences of these rows that name it,
+    "Nodule." if there are none. AUROC of its cosine less that of "No nodule.", P@K of the films
+    nearest to it, and the mean contrast-to-noise ratio of the heat maps of its boxed phrases.
     -> {category: {"n_images", "AUROC", "P@1", .., "CNR"}}; None where there is no such film."""
     results, ratios = {}, defaultdict(list)                    # ratios: {phrase: [CNR, ...]}
     for row in tqdm(rows, "heat maps", unit="film"):
@@ -468,7 +473,7 @@ def by_category(encoder, rows, image_emb, categories):
         *texts, denied = text_embeddings(encoder, [*named, f"No {name}."]).to(image_emb.device)
         prompt = F.normalize(torch.stack(texts).mean(0), dim=0)
         nearest = top_k(prompt[None], image_emb, min(10, len(rows)))[1].numpy()
-        own = [ratio for phrase in ratios if name in phrase for ratio in ratios[phrase]
+        own = [ratio for phrase in ratios if names(phrase, name) for ratio in ratios[phrase]
                if not math.isnan(ratio)]                       # a box between the patches' centres
         values = {"AUROC": metrics.auroc(image_emb @ (prompt - denied), labels),
                   **metrics.precision_at_k(nearest, [True], labels),

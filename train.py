@@ -34,7 +34,8 @@ from transformers import logging as transformers_logging
 import data
 import losses
 import metrics
-from model import PHANTOM, PRESETS, TINY, LoFi, ModelError, SafetensorError, find_device
+from model import (ANSWER_TOKENS, PHANTOM, PRESETS, TINY, LoFi, ModelError, SafetensorError,
+                   find_device)
 
 transformers_logging.set_verbosity_error()
 
@@ -79,9 +80,9 @@ def parse_args():
     group.add_argument("--lambda", dest="lam", type=float, metavar="X", help="weight of the "
                        "autoregressive loss (preset; paper: 5, Fig. 4e)")
     group.add_argument("--epochs", type=int, metavar="N", help="passes over the training split "
-                       "(preset; paper: 10; tiny counts steps)")
+                       "(preset; paper: 10; tiny: by --steps)")
     group.add_argument("--steps", type=int, metavar="N",
-                       help="optimizer steps, instead of --epochs (preset)")
+                       help="optimizer steps; with --epochs, whichever ends first (preset)")
     group.add_argument("--batch-size", type=int, metavar="B",
                        help="images a step and process (preset; paper: 16; tiny: 48, fewer on a "
                        "set with less than 12 batches of that)")
@@ -149,9 +150,9 @@ def check_args(args):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise TrainError(f"--{name.replace('_', '-')} {getattr(args, name)}: "
                              "wanted more than 0")
-    if args.resume and args.init:
-        raise TrainError("--resume goes on with a run and --init starts a new one: "
-                         "give one of them")
+    if args.init and (args.encoder or args.llm or args.random_init):
+        raise TrainError("--init brings its own encoder and LLM: leave out --encoder, --llm and "
+                         "--random-init")
 
 
 def batches_per_epoch(n_rows, batch_size, world=1):
@@ -265,7 +266,7 @@ def step_losses(model, batch, objectives, lam, precision):
             nll = losses.autoregressive_nll(hidden, model.llm.get_output_embeddings(),
                                             batch["ids"][batch["is_target"]], row_of_target,
                                             len(batch["ids"]))
-    l_s = torch.zeros((), device=device)
+    l_s = 0 * image_emb.float().sum()                          # a batch may ask nothing at all
     if text_emb is not None:
         text_emb, first = losses.gather(text_emb)
         l_s = losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
@@ -299,7 +300,7 @@ def save_run(out, model, optimizer, scaler, step, settings):
 
 
 def load_trainer(path, model, optimizer, scaler, settings):
-    """Restore what save_trainer wrote -> the step to go on from. Raises TrainError."""
+    """Restore what save_run wrote -> the step to go on from. Raises TrainError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -349,7 +350,7 @@ def evaluate(model, rows, prior, batch_size=64):
         for first in range(0, len(queries), 2 * batch_size):
             some = queries[first:first + 2 * batch_size]
             prompts = [data.GROUNDING_PROMPT.format(phrase=region["phrase"]) for _, region in some]
-            answers = model.generate(visual[[i for i, _ in some]], prompts, max_new_tokens=96)
+            answers = model.generate(visual[[i for i, _ in some]], prompts, ANSWER_TOKENS)
             for (i, region), answer in zip(some, answers):
                 boxes, malformed = data.text_to_boxes(answer)
                 predictions.append({"image": chunk[i]["image"], "phrase": region["phrase"],
@@ -373,12 +374,15 @@ def retrieval(model, rows, image_emb, batch_size=256):
 
 
 def grounding(predictions, prior):
-    """A row of Table 4, and the same row for the phrase prior -> {"grounding": .., "prior": ..}."""
+    """A row of Table 4, and the same row for the phrase prior, if there is one -> {"grounding": ..,
+    "prior": ..}."""
     if not predictions:
         return {}
-    by_prior = [{**p, "pred": prior(p["phrase"]), "malformed": False} for p in predictions]
-    return {"grounding": metrics.grounding_metrics(predictions),
-            "prior": metrics.grounding_metrics(by_prior)}
+    results = {"grounding": metrics.grounding_metrics(predictions)}
+    if prior:
+        by_prior = [{**p, "pred": prior(p["phrase"]), "malformed": False} for p in predictions]
+        results["prior"] = metrics.grounding_metrics(by_prior)
+    return results
 
 
 def print_results(results):
@@ -390,8 +394,9 @@ def print_results(results):
             print(f"{name:16}" + "".join(f"{100 * v:8.2f}" for v in results[key].values()))
     if "grounding" in results:
         print(f"\ngrounding of {results['grounding']['n_queries']} test phrases, %")
-        print(metrics.format_table({"LoFi": results,
-                                    "phrase prior": {"grounding": results["prior"]}}))
+        table = {"LoFi": results["grounding"], "phrase prior": results.get("prior")}
+        print(metrics.format_table({name: {"grounding": row}
+                                    for name, row in table.items() if row}))
 
 
 def evaluate_run(model, path):
@@ -402,7 +407,8 @@ def evaluate_run(model, path):
     if not test:
         print(f"not evaluated: {path} has no test split")
         return {}
-    train = [row for row in rows if row["split"] == "train" and row["regions"]]
+    train = [row for row in rows if row["split"] == "train"
+             and any(region["boxes"] for region in row["regions"])]
     prior = metrics.phrase_prior(train) if train else None
     return {**evaluate(model.eval(), test, prior), "n_images": len(test)}
 
@@ -481,9 +487,9 @@ def build_model(args, start, rows):
     flags."""
     names = ("lam", "epochs", "steps", "batch_size", "lr", "augment")
     changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.steps:
+    if args.steps and not args.epochs:
         changed["epochs"] = None
-    elif args.epochs:
+    elif args.epochs and not args.steps:
         changed["steps"] = None
     if start:
         model = LoFi.from_pretrained(start)
@@ -535,6 +541,10 @@ def load_batches(args, model, rows, keys):
 
 def print_left_out(skipped, bad):
     """Steps without a finite loss, and messages of images that could not be read, if any."""
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, bad)
+        bad = sum(every, [])
     if skipped:
         print(f"skipped {skipped} steps: their loss or gradient was not finite")
     if bad:

@@ -1,4 +1,6 @@
-"""Benchmarks, each a ratio of things timed in one run: python tests/bench.py NAME [--json PATH].
+"""Benchmarks, ratios of things timed in one run, and two longer looks at what was learned:
+
+    python tests/bench.py NAME [--json PATH]
 
     retrieve     exact top-40 against a bare chunked matmul, memory, recall@K over 100,000 x 100,000
     icl          in-context grounding: the shared prefix against one call per phrase
@@ -269,7 +271,7 @@ def time_films(n=12, size=512):
     return n / spent
 
 
-def prepare():
+def bench_prepare():
     few, many = 2_000, 20_000
     _, small = time_manifest(few)                                # first: the peak only grows
     seconds, large = time_manifest(many)
@@ -378,7 +380,8 @@ def trainer_rate(model, dataset, collate, steps, batch_size):
             max_grad_norm=1.0, learning_rate=1e-3, lr_scheduler_type="cosine",
             dataloader_pin_memory=False, dataloader_drop_last=True)
         Trainer(Loss(), args, data_collator=collate, train_dataset=Samples(),
-                callbacks=[Clock()]).train()
+                callbacks=[Clock()],
+                optimizers=(train.build_optimizer(model, model.config), None)).train()
     return batch_size / float(np.median(np.diff(Clock.ticks)[steps // 3:]))
 
 
@@ -503,7 +506,7 @@ def parts_of_a_step(model, optimizer, dataset, collate, batch, times=5):
     def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    parts = {"decode, augment, collate": lambda: collate([dataset[key] for key in keys]),
+    parts = {"augment, collate (films in memory)": lambda: collate([dataset[key] for key in keys]),
              "vision tower": lambda: model.encode_image(batch["image"]).sum().backward(),
              "text tower": lambda: model.encode_text(batch["text"]).sum().backward(),
              "pooling, LLM and its losses": decoder,
@@ -541,51 +544,54 @@ def bench_hints(run="runs/phantom", folder="runs/phantom_data"):
 
 ABLATIONS = {"s": ["--objectives", "s"], "sc": ["--objectives", "sc"], "scgd": [],
              "scgd, lambda 1": ["--lambda", "1"], "scgd, lambda 10": ["--lambda", "10"]}
-COLUMNS = ["i2t R@1", "t2i R@1", "i2t R@10", "t2i R@10", "F, nearest", "F, decoder"]
+COLUMNS = ["i2t R@1", "t2i R@1", "i2t R@10", "t2i R@10", "nearest Ro/L", "nearest F", "decoder F"]
 
 
 def ablation_run(job):
-    """Train on one thread, then ground by the nearest of 20 demonstrations -> COLUMNS, percent. A
-    run that is there already is not trained again."""
-    import metrics
+    """Train on one thread, then ground by the nearest of 20 demonstrations -> COLUMNS, percent; NaN
+    for a decoder that was not taught to ground. What is there already is not done again."""
     flags, seed, steps, out = job
     runs = {out / "metrics.json": ["train.py", *flags, "--seed", str(seed), "--steps", str(steps),
                                    "--device", "cpu", "--workers", "1", "--out", out],
-            out / "nearest.jsonl": ["icl_ground.py", "--data", "runs/phantom_data", "--lvlm",
+            out / "nearest.json": ["icl_ground.py", "--data", "runs/phantom_data", "--lvlm",
                                     "nearest", "--k", "20", "--checkpoint", out, "--device", "cpu",
-                                    "--out", out / "nearest.jsonl"]}
+                                    "--out", out / "nearest.jsonl", "--json", out / "nearest.json"]}
     for path, (script, *rest) in runs.items():
         if not path.exists():
-            subprocess.run([sys.executable, ROOT / script, *rest], check=True, capture_output=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    done = json.loads((out / "metrics.json").read_text())
-    nearest = metrics.grounding_metrics(metrics.read_predictions(out / "nearest.jsonl"))
+            done = subprocess.run([sys.executable, ROOT / script, *rest], capture_output=True,
+                                  text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            if done.returncode:
+                sys.exit(f"{out}: {done.stderr.strip().splitlines()[-1]}")
+    done, nearest = (json.loads(path.read_text()) for path in runs)
+    nearest, taught = nearest["grounding"], "--objectives" not in flags
     return [100 * v for v in (done["i2t"]["R@1"], done["t2i"]["R@1"], done["i2t"]["R@10"],
-                              done["t2i"]["R@10"], nearest["F@0.5"], done["grounding"]["F@0.5"])]
+                              done["t2i"]["R@10"], nearest["Ro/L"], nearest["F@0.5"],
+                              done["grounding"]["F@0.5"] if taught else np.nan)]
 
 
-def ablate(seeds=(0, 1, 2), steps=725, folder="runs/ablate"):
+def bench_ablate(seeds=(0, 1, 2), steps=725, folder="runs/ablate"):
     """Fig. 4 on the phantom, each run half as long as the default one: mean and standard deviation
-    over the seeds. Interrupted, it goes on with the runs that are not there yet."""
+    over the seeds, percent. Interrupted, it goes on with the runs that are not there yet."""
     from concurrent.futures import ThreadPoolExecutor
     if not Path("runs/phantom_data/manifest.jsonl").exists():
         data.make_phantom("runs/phantom_data")
-    jobs = [(flags, seed, steps, Path(folder, f"{name.replace(', lambda ', '_')}_{seed}"))
+    jobs = [(flags, seed, steps,
+             Path(f"{folder}_{steps}_steps", f"{name.replace(', lambda ', '_')}_{seed}"))
             for name, flags in ABLATIONS.items() for seed in seeds]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = np.array(list(pool.map(ablation_run, jobs))).reshape(len(ABLATIONS), len(seeds), -1)
-    print(f"{'':16}" + "".join(f"{column:>16}" for column in COLUMNS))
+    print(f"{'':15}" + "".join(f"{column:>15}" for column in COLUMNS))
     for name, row in zip(ABLATIONS, rows):
-        print(f"{name:16}" + "".join(f"{mean:9.2f} +- {sd:4.2f}" for mean, sd in
-                                     zip(row.mean(0), row.std(0, ddof=1))))
+        cells = (f"{mean:.2f} +- {sd:4.2f}" for mean, sd in zip(row.mean(0), row.std(0, ddof=1)))
+        print(f"{name:15}" + "".join(f"{'-' if 'nan' in cell else cell:>15}" for cell in cells))
     return {f"{name}: {column}": mean for name, row in zip(ABLATIONS, rows)
             for column, mean in zip(COLUMNS, row.mean(0))}
 
 
 # ---- command line -------------------------------------------------------------------------------
 
-BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": prepare,
-              "train": bench_train, "hints": bench_hints, "ablate": ablate}
+BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": bench_prepare,
+              "train": bench_train, "hints": bench_hints, "ablate": bench_ablate}
 
 
 def main():

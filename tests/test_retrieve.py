@@ -361,6 +361,14 @@ def test_table_1_for_several_checkpoints(encoder, phantom, tmp_path, monkeypatch
                for line in text.splitlines()) == 4
 
 
+@pytest.mark.parametrize("sentence, category, wanted", [
+    ("Two small nodules.", "nodule", True), ("Massive left pleural effusion.", "mass", False),
+    ("Masses in both lungs.", "mass", True), ("Left pleural effusion.", "pleural effusion", True)])
+def test_a_category_is_named_by_whole_words(sentence, category, wanted):
+    """Guards: "massive" counted as a mass."""
+    assert bool(retrieve.names(sentence, category)) == wanted
+
+
 def test_categories_by_hand(encoder, phantom, tmp_path, monkeypatch, capsys):
     """Guards: "No nodule." read as a nodule; a score with its sign turned; a table of another
     split; a film's heat map scored with another film's boxes."""

@@ -266,6 +266,42 @@ def test_fine_tuning_starts_from_a_run_with_grounding_alone(odd, finished, tmp_p
     assert changed and not any("text_model" in name for name in changed)
 
 
+def test_a_batch_that_asks_nothing_is_a_step(odd, tmp_path, monkeypatch):
+    """Guards: a traceback in backward() where augmentation has moved every region of a batch out
+    of its window."""
+    monkeypatch.setattr(data, "augment", lambda film, regions, *_: (film.resize((60, 60)), []))
+    main(monkeypatch, "--data", odd, *FAST, "--steps", 2, "--objectives", "g", "--workers", 0,
+         "--out", tmp_path / "n", "--augment", 1)
+    assert [line["loss"] for line in log_of(tmp_path / "n")] == [0, 0]
+    assert all(v.isfinite().all() for v in weights_of(tmp_path / "n").values())
+
+
+@pytest.mark.parametrize("regions", [[], [{"phrase": "Heart.", "boxes": []}]])
+def test_evaluation_without_training_boxes_has_no_prior(phantom, regions, tmp_path, monkeypatch):
+    """Guards: a run that trains for days and fails at its end, before metrics.json."""
+    path = phantom / f"unboxed{len(regions)}.jsonl"
+    rows = map(json.loads, (phantom / "manifest.jsonl").read_text().splitlines())
+    path.write_text("".join(json.dumps({**row, "regions": regions if row["split"] == "train" else
+                                        row["regions"]}) + "\n" for row in rows))
+    text = main(monkeypatch, "--data", path, *FAST, "--steps", 1, "--out", tmp_path / "u",
+                "--objectives", "sc", "--workers", 0)
+    found = json.loads((tmp_path / "u" / "metrics.json").read_text())
+    assert "prior" not in found and found["grounding"]["n_queries"] > 0
+    assert "LoFi" in text and "phrase prior" not in text
+
+
+def test_the_same_command_and_resume_before_the_first_checkpoint(odd, finished, tmp_path,
+                                                                 monkeypatch):
+    """Guards: --init that --resume refuses or forgets."""
+    flags = ["--data", odd, "--init", finished[0], "--objectives", "g", "--steps", 1,
+             "--batch-size", 8, "--device", "cpu", "--workers", 0]
+    main(monkeypatch, *flags, "--out", tmp_path / "o")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "log.jsonl").touch()                     # as a kill at step 0 leaves it
+    main(monkeypatch, *flags, "--out", tmp_path / "p", "--resume")
+    assert_same_run(tmp_path / "o", tmp_path / "p")
+
+
 def test_accumulated_gradients_are_the_mean_of_the_batches(odd, tmp_path, monkeypatch):
     """Guards: gradients summed over batches instead of averaged, or batches skipped."""
     clip, gradients = torch.nn.utils.clip_grad_norm_, []
@@ -337,7 +373,7 @@ def test_the_paper_preset_takes_any_siglip_and_gemma_folder(odd, rows, tmp_path,
 @pytest.mark.parametrize("flags, words", [
     (("--data", "nowhere"), "no such file"), (("--objectives", "sx"), "letters of s, c, g, d"),
     (("--steps", "0"), "more than 0"), (("--init", "nowhere"), "not a run folder"),
-    (("--colour", "red"), "unrecognized"), (("--device", "tpu9"), "tpu9"),
+    (("--init", "x", "--llm", "y"), "leave out"), (("--colour", "red"), "unrecognized"), (("--device", "tpu9"), "tpu9"),
     (("--preset", "paper", "--encoder", "nowhere"), "nowhere")])
 def test_bad_flags_get_one_line(phantom, tmp_path, monkeypatch, capsys, flags, words):
     """Guards: a traceback, or a run that starts on something else than was asked for."""
