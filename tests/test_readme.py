@@ -50,7 +50,7 @@ def help_of(script, command):
     argv = [script, *([command] if command else []), "--help"]
     with (mock.patch("sys.argv", argv), contextlib.redirect_stdout(io.StringIO()) as text,
           contextlib.suppress(SystemExit)):
-        importlib.import_module(script.removesuffix(".py")).main()
+        importlib.import_module(script.removesuffix(".py").replace("tests/", "")).main()
     return text.getvalue()
 
 
