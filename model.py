@@ -101,7 +101,7 @@ class Config:
 PAPER = Config()
 TINY = Config(                          # for a few hundred films on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=2500, epochs=None,
+    lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=2200, epochs=None,
     batch_size=48, min_batches=6, n_regions=3, max_target=34, augment=0.65, cache=True,
     vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),

@@ -439,7 +439,7 @@ def formulation(folder, naive, times=3):
     return PAPER.batch_size / seconds, gb("VmHWM") - before, kept[0]
 
 
-def bench_train(steps=45, batch_size=48, rounds=5):
+def bench_train(steps=45, batch_size=48, rounds=3):
     """train.py's loop, the bare step and Hugging Face's Trainer in turn, medians of the rounds; the
     naive formulation; the parts."""
     import multiprocessing
