@@ -93,7 +93,7 @@ def parse_args():
                        "cosine to 0 (preset; paper: 3e-4)")
     group.add_argument("--augment", type=float, metavar="X", help="strength of crop, brightness "
                        "and contrast, boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of "
-                       "the film; not in the paper (preset: paper 0, tiny 0.65, on the phantom 0.1)")
+                       "the film; not in the paper (preset: paper 0, tiny 0.65, phantom 0.1)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")

@@ -373,7 +373,8 @@ def test_the_paper_preset_takes_any_siglip_and_gemma_folder(odd, rows, tmp_path,
 @pytest.mark.parametrize("flags, words", [
     (("--data", "nowhere"), "no such file"), (("--objectives", "sx"), "letters of s, c, g, d"),
     (("--steps", "0"), "more than 0"), (("--init", "nowhere"), "not a run folder"),
-    (("--init", "x", "--llm", "y"), "leave out"), (("--colour", "red"), "unrecognized"), (("--device", "tpu9"), "tpu9"),
+    (("--init", "x", "--llm", "y"), "leave out"), (("--colour", "red"), "unrecognized"),
+    (("--device", "tpu9"), "tpu9"),
     (("--preset", "paper", "--encoder", "nowhere"), "nowhere")])
 def test_bad_flags_get_one_line(phantom, tmp_path, monkeypatch, capsys, flags, words):
     """Guards: a traceback, or a run that starts on something else than was asked for."""
