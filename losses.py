@@ -66,15 +66,16 @@ def token_nll(hidden, head, targets, at_once=2 ** 25):
                       for h, t in zip(hidden.split(n), targets.split(n))])
 
 
-def autoregressive_nll(hidden, head, targets, row_of_target, n_rows):
+def autoregressive_nll(hidden, head, ids, is_target):
     """-log p_LLM(target | visual tokens, prompt) of each row, averaged over its target tokens.
 
-    hidden: (N, H) where a target token is predicted; head: the LLM's, to its vocabulary; targets:
-    (N,) ids; row_of_target: (N,) in [0, R). Returns (R,). The mean over tokens makes a box of
-    numbers count as much as a report."""
-    nll = token_nll(hidden, head, targets)                                         # (N,)
-    total = nll.new_zeros(n_rows).index_add(0, row_of_target, nll)
-    return total / torch.bincount(row_of_target, minlength=n_rows).clamp(min=1)
+    hidden: (N, H) where a target token is predicted; head: the LLM's, to its vocabulary; ids and
+    is_target: (R, L). Returns (R,), 0 for a row without a target. The mean over tokens makes a box
+    of numbers count as much as a report."""
+    nll = token_nll(hidden, head, ids[is_target])                                  # (N,)
+    row_of_target, _ = is_target.nonzero(as_tuple=True)                            # (N,)
+    total = nll.new_zeros(len(ids)).index_add(0, row_of_target, nll)               # (R,)
+    return total / is_target.sum(1).clamp(min=1)
 
 
 def mean_of(nll, chosen):

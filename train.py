@@ -262,10 +262,8 @@ def step_losses(model, batch, objectives, lam, precision):
         image_emb, text_emb, hidden = model(batch)
         nll = torch.zeros(0, device=device)
         if hidden is not None:
-            row_of_target, _ = batch["is_target"].nonzero(as_tuple=True)
             nll = losses.autoregressive_nll(hidden, model.llm.get_output_embeddings(),
-                                            batch["ids"][batch["is_target"]], row_of_target,
-                                            len(batch["ids"]))
+                                            batch["ids"], batch["is_target"])
     l_s = 0 * image_emb.float().sum()                          # a batch may ask nothing at all
     if text_emb is not None:
         text_emb, first = losses.gather(text_emb)

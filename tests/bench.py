@@ -499,9 +499,8 @@ def parts_of_a_step(model, optimizer, dataset, collate, batch, times=5):
     def decoder():
         tokens = model.visual_tokens(visual)[batch["image_of_row"]]
         hidden = model.target_states(tokens, batch["ids"], batch["is_target"])
-        row, _ = batch["is_target"].nonzero(as_tuple=True)
-        losses.autoregressive_nll(hidden, model.llm.lm_head, batch["ids"][batch["is_target"]], row,
-                                  len(tokens)).mean().backward()
+        losses.autoregressive_nll(hidden, model.llm.lm_head, batch["ids"],
+                                  batch["is_target"]).mean().backward()
 
     def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -64,8 +64,7 @@ def test_autoregressive_losses_are_gemmas_labels_loss():
     by_row = by_row.double()
     is_target = labels != -100
     hidden = llm.model(ids).last_hidden_state[:, :-1][is_target[:, 1:]]
-    row, _ = is_target.nonzero(as_tuple=True)
-    nll = losses.autoregressive_nll(hidden, llm.lm_head, ids[is_target], row, 4).double()
+    nll = losses.autoregressive_nll(hidden, llm.lm_head, ids, is_target).double()
     assert torch.allclose(nll, by_row, atol=1e-6)
     assert torch.allclose(losses.captioning_loss(nll, task), by_row[0])
     assert torch.allclose(losses.grounding_loss(nll, task), (by_row[1] + by_row[3]) / 2)
@@ -87,7 +86,9 @@ def test_autoregressive_nll_by_double_loop():
         for n in tokens:
             p = logits[n].exp()[targets[n]] / logits[n].exp().sum()
             expected[r] = expected[r] - torch.log(p) / len(tokens)
-    nll = losses.autoregressive_nll(hidden, head, targets, row, 4)       # row 3 has no target: 0
+    is_target = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    ids = torch.zeros(4, 4, dtype=torch.long).masked_scatter(is_target, targets)
+    nll = losses.autoregressive_nll(hidden, head, ids, is_target)        # row 3 has no target: 0
     assert torch.allclose(nll, expected)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
     ours = torch.autograd.grad((nll * weight).sum(), head.weight)[0]

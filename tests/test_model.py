@@ -32,9 +32,7 @@ def fill_lora(model):
 
 def all_losses(model, batch):
     image_emb, text_emb, hidden = model(batch)
-    row, _ = batch["is_target"].nonzero(as_tuple=True)
-    nll = losses.autoregressive_nll(hidden, model.llm.lm_head, batch["ids"][batch["is_target"]],
-                                    row, len(batch["ids"]))
+    nll = losses.autoregressive_nll(hidden, model.llm.lm_head, batch["ids"], batch["is_target"])
     return losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
                                model.siglip.logit_bias), nll
 
