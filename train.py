@@ -105,7 +105,8 @@ def parse_args():
     group.add_argument("--compile", action="store_true", help="compile the layers of towers and "
                        "LLM by torch.compile: minutes at the start, then faster steps")
     group.add_argument("--workers", type=int, metavar="N", help="processes that decode images "
-                       "(default: 1 if the preset keeps decoded films in memory, else 4)")
+                       "(default: 1 if the preset keeps decoded films in memory, else one a core, at "
+                       "most 4)")
     group.add_argument("--save-every", type=int, default=500, metavar="N",
                        help="steps between checkpoints (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0,
@@ -531,7 +532,9 @@ def load_batches(args, model, rows, keys):
                               config.augment, config.cache, skip_bad=True, seed=args.seed)
     collate = data.Collate(model.text_tokenizer if "s" in args.objectives else None,
                            model.text_length, model.llm_tokenizer, config.max_target)
-    workers = args.workers if args.workers is not None else 1 if config.cache else 4
+    workers = args.workers
+    if workers is None:
+        workers = 1 if config.cache else min(4, os.cpu_count())
     return iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
         worker_init_fn=leave_signals, pin_memory=model.device.type == "cuda"))

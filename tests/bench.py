@@ -6,6 +6,7 @@
     icl          in-context grounding: the shared prefix against one call per phrase
     prepare      the converters: rows a second, resized images a second
     train        train.py's loop against the bare step, the Trainer and the naive formulation
+    paper        the paper's sizes with random weights: loop, bare step, memory, hours of 10 epochs
     hints        on the default run: does a box follow "left" and "right" in its phrase?
     ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each, an hour on 2 cores
 
@@ -13,9 +14,11 @@ Machines are shared and differ, so a figure alone says little: compare the ratio
 """
 
 import argparse
+import concurrent.futures
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -313,26 +316,32 @@ def seconds_of(work, times=1):
     return float(np.median(taken))
 
 
-def bare_step(model, batch, lam=5.0):
-    """Forward and backward alone."""
-    import torch
+def alone(work, *args):
+    """work(*args) in a process of its own, so that its memory is its own too."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(work, *args).result()
 
+
+def bare_step(model, batch, precision="fp32"):
+    """Forward and backward alone."""
     import train
-    loss, _ = train.step_losses(model, batch, "scgd", lam, torch.float32)
+    precision = train.choose_precision(precision, model.device)
+    loss, _ = train.step_losses(model, batch, "scgd", model.config.lam, precision)
     loss.backward()
     model.zero_grad()
 
 
-def loop_rate(folder, steps, batch_size):
-    """Samples a second of train.py itself, the median of its log after the first epoch."""
+def loop_rate(folder, steps, batch_size, *flags):
+    """Samples a second of train.py itself, the median of its log after the first third."""
     import contextlib
     import io
     from unittest import mock
 
     import train
     with tempfile.TemporaryDirectory() as out:
-        flags = ["train.py", "--data", str(folder), "--preset", "tiny", "--steps", str(steps),
-                 "--batch-size", str(batch_size), "--device", "cpu", "--out", f"{out}/run"]
+        flags = ["train.py", "--data", str(folder), "--steps", str(steps), "--batch-size",
+                 str(batch_size), *flags, "--out", f"{out}/run"]
         with mock.patch("sys.argv", flags), contextlib.redirect_stdout(io.StringIO()):
             train.main()
         lines = Path(out, "run", "log.jsonl").read_text().splitlines()
@@ -441,9 +450,7 @@ def formulation(folder, naive, times=3):
 
 def bench_train(steps=45, batch_size=48, rounds=3):
     """train.py's loop, the bare step and Hugging Face's Trainer in turn, medians of the rounds; the
-    naive formulation; the parts."""
-    import multiprocessing
-
+    naive formulation; the parts; then all of `paper`."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -451,9 +458,8 @@ def bench_train(steps=45, batch_size=48, rounds=3):
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         phantom = data.make_phantom(Path(folder, "phantom"), {"train": 8 * batch_size}, quiet=True)
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            ours = pool.apply(formulation, (phantom, False))
-            naive = pool.apply(formulation, (phantom, True))
+        ours = alone(formulation, phantom, False)
+        naive = alone(formulation, phantom, True)
         assert abs(ours[2] - naive[2]) < 1e-3, f"losses differ: {ours[2]} and {naive[2]}"
         figures |= {"one pass, samples/s": ours[0], "naive, samples/s": naive[0],
                     "one pass over naive": ours[0] / naive[0],
@@ -464,7 +470,8 @@ def bench_train(steps=45, batch_size=48, rounds=3):
         bare = lambda: batch_size * len(batches) / seconds_of(
             lambda: [bare_step(model, batch) for batch in batches])
         bare()
-        rates = np.array([(bare(), loop_rate(phantom, steps, batch_size), bare(),
+        rates = np.array([(bare(), loop_rate(phantom, steps, batch_size,
+                                             "--preset", "tiny", "--device", "cpu"), bare(),
                            trainer_rate(model, dataset, collate, steps, batch_size))
                           for _ in range(rounds)])
         before, loop, between, trainer = rates.T               # samples a second, in turn
@@ -482,7 +489,7 @@ def bench_train(steps=45, batch_size=48, rounds=3):
         figures |= {"GFLOP a step": flops / 1e9, "GFLOP/s of the bare step": rate / 1e9,
                     "GFLOP/s of a matmul": peak / 1e9, "share of the matmul's": rate / peak}
         figures |= parts_of_a_step(model, optimizer, dataset, collate, batches[0])
-    return figures
+    return figures | bench_paper()
 
 
 def parts_of_a_step(model, optimizer, dataset, collate, batch, times=5):
@@ -512,6 +519,77 @@ def parts_of_a_step(model, optimizer, dataset, collate, batch, times=5):
              "sigmoid loss": lambda: losses.sigmoid_loss(*emb, t, b).backward(),
              "clip and optimizer": update}
     return {f"{name}, ms": 1000 * seconds_of(work, times) for name, work in parts.items()}
+
+
+# ---- paper --------------------------------------------------------------------------------------
+
+def paper_loop(folder, steps, batch_size, flags):
+    """In a process of its own: train.py at the paper's sizes -> (samples a second, peak GB)."""
+    import torch
+    rate = loop_rate(folder, steps, batch_size, "--random-init", *flags)
+    return rate, torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_gb()
+
+
+def paper_bare(folder, steps, batch_size):
+    """In a process of its own, on batches in memory: (samples a second of forward and backward,
+    FLOP a sample, FLOP/s of a matmul in the same precision)."""
+    import dataclasses
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import train
+    from model import PAPER, find_device
+    device = find_device(None)
+    model, _, _, _, batches = train_parts(
+        folder, dataclasses.replace(PAPER, encoder=None, llm=None), batch_size, steps)
+    model, batches = model.to(device), [train.to_device(batch, device) for batch in batches]
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def step(batch):
+        bare_step(model, batch, "auto")
+        wait()
+    with FlopCounterMode(display=False) as counter:            # the first step warms up as well
+        step(batches[0])
+    rates = [batch_size / seconds_of(lambda: step(batch)) for batch in batches]
+    a = torch.randn(8192, 8192, device=device, dtype=train.choose_precision("auto", device))
+
+    def product():
+        a @ a
+        wait()
+    product()
+    return (float(np.median(rates[steps // 3:])), counter.get_total_flops() / batch_size,
+            2 * 8192 ** 3 / seconds_of(product, 5))
+
+
+def bench_paper():
+    """The paper's sizes with random weights on films of 512 px: batches of 16 on a GPU, also with
+    --grad-checkpoint and --compile; on a CPU three steps of one film, the plain way alone."""
+    import torch
+    cuda = torch.cuda.is_available()
+    batch_size, steps = (16, 30) if cuda else (1, 3)
+    variants = [[], ["--grad-checkpoint"], ["--compile"]] if cuda else [[]]
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        phantom = data.make_phantom(Path(folder, "phantom"), {"train": 8 * batch_size}, quiet=True)
+        for row in data.read_manifest(phantom):
+            Image.open(row["path"]).resize((512, 512)).save(row["path"])
+        for flags in variants:
+            rate, gb = alone(paper_loop, phantom, steps, batch_size, flags)
+            name = " ".join(["paper", *flags])
+            figures |= {f"{name}, samples/s": rate, f"{name}, peak GB": gb,
+                        f"{name}, hours of 10 epochs": 10 * 237_972 / rate / 3600}
+        bare, flop, matmul = alone(paper_bare, phantom, steps, batch_size)
+    loop = figures["paper, samples/s"]
+    return figures | {"paper, bare step, samples/s": bare,
+                      "paper, loop over bare step": loop / bare,
+                      "paper, TFLOP a sample": flop / 1e12,
+                      "paper, TFLOP/s of a matmul": matmul / 1e12,
+                      "paper, share of the matmul's, loop": flop * loop / matmul,
+                      "paper, share of the matmul's, bare step": flop * bare / matmul}
 
 
 # ---- hints --------------------------------------------------------------------------------------
@@ -590,7 +668,8 @@ def bench_ablate(seeds=(0, 1, 2), steps=725, folder="runs/ablate"):
 # ---- command line -------------------------------------------------------------------------------
 
 BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": bench_prepare,
-              "train": bench_train, "hints": bench_hints, "ablate": bench_ablate}
+              "train": bench_train, "paper": bench_paper, "hints": bench_hints,
+              "ablate": bench_ablate}
 
 
 def main():
