@@ -26,8 +26,6 @@ import re
 import sys
 import textwrap
 import time
-import urllib.error
-import urllib.request
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -45,7 +43,8 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 import data                                            # noqa: E402
 import metrics                                         # noqa: E402
 import retrieve                                        # noqa: E402
-from model import ANSWER_TOKENS, LoFi, SafetensorError, find_device   # noqa: E402
+from model import (ANSWER_TOKENS, LoFi, SafetensorError, find_device,      # noqa: E402
+                   where_to_look)
 
 MEDGEMMA = "google/medgemma-1.5-4b-it"                 # the paper's LVLM               (Sec. 2.0.4)
 
@@ -107,7 +106,7 @@ def images_of(messages):
             if item["type"] == "image"]
 
 
-def prompt_ids(processor, messages):
+def chat_ids(processor, messages):
     """The ids of processor.apply_chat_template(messages, tokenize=True), images left unread."""
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     text = text.replace(processor.boi_token, processor.full_image_sequence)
@@ -250,22 +249,9 @@ def find_demonstrations(args, encoder, queries, query_emb):
 
 # ---- the LVLM: same answers as one call per phrase, at a fraction of the cost -------------------
 
-def hub_answers(source):
-    """Is there a model hub within reach? Asked once, for its own loader tries for minutes."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urllib.request.urlopen(f"{hub}/api/models/{source}", timeout=10).close()
-    except urllib.error.HTTPError:
-        return True                                            # it answered: "no" is an answer
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def load_lvlm(source, device, dtype):
     """A Gemma 3 family id or folder -> (model, processor). Raises IclError if it cannot be had."""
-    local = Path(source).exists()
-    options = {"local_files_only": local or not hub_answers(source)}
+    options = where_to_look(source)
     try:
         kind = AutoConfig.from_pretrained(source, **options).model_type
         if kind != "gemma3":
@@ -280,7 +266,7 @@ def load_lvlm(source, device, dtype):
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         cure = ("wanted a folder as save_pretrained writes it, with weights, tokenizer and "
-                "processor" if local else
+                "processor" if Path(source).exists() else
                 f"accept its terms at https://huggingface.co/{source} and run `hf auth login`, or "
                 "give a local folder with --lvlm DIR")
         raise IclError(f"--lvlm {source}: cannot be loaded ({reason}); {cure}; "
@@ -389,7 +375,7 @@ class InContext:
     def generate(self, path, phrases, demonstrations):
         """The ids of the answers to several phrases on one image, as rows with padding behind."""
         chats = [turns(path, phrase, demonstrations, self.order) for phrase in phrases]
-        prompts = [prompt_ids(self.processor, chat) for chat in chats]
+        prompts = [chat_ids(self.processor, chat) for chat in chats]
         # the longest common prefix of whole prompts: nothing hangs on where a tokenizer merges
         start = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
         prefix = self.prefill(prompts[0][:start], self.image_features(images_of(chats[0])))
@@ -440,7 +426,7 @@ def nearest_grounder(encoder):
     return ground
 
 
-def phrase_prior(args):
+def training_prior(args):
     """phrase -> its median box in the training split of --data, blind to the image."""
     rows = data.read_manifest(args.data)
     return metrics.phrase_prior([row for row in rows if row["split"] == "train"])
@@ -453,7 +439,7 @@ def build_grounder(args, encoder=None):
     if args.lvlm == "nearest":
         return nearest_grounder(encoder)
     if args.lvlm == "prior":
-        prior = phrase_prior(args)
+        prior = training_prior(args)
         return lambda _, phrases, __: [(prior(phrase), False, "") for phrase in phrases]
     dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     return InContext(*load_lvlm(args.lvlm, args.device, dtype), args.order, args.max_new_tokens,
@@ -630,7 +616,7 @@ def runs_of(args, rows, ground):
 def prior_row(args, predictions):
     """{"grounding": ..} of the phrase prior on the same queries; {} if no row trains it."""
     try:
-        prior = phrase_prior(args)
+        prior = training_prior(args)
     except ValueError as error:
         print(f"no row of the phrase prior: {error}")
         return {}
@@ -764,7 +750,7 @@ def main():
     ground = None if args.lvlm in ("nearest", "prior") else build_grounder(args)
     if not args.data:
         try:
-            args.data = retrieve.find_data(args.checkpoint)
+            args.data = retrieve.trained_on(args.checkpoint)
         except retrieve.RetrieveError:
             if args.retrieves or ground is None or not args.image:
                 raise

@@ -14,11 +14,14 @@ boxes: (x0, y0, x1, y1), fractions of width and height
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import shutil
 import sys
+import urllib.error
+import urllib.request
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,7 @@ from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
                           PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
 from transformers.modeling_utils import load_state_dict as load_safetensors
 from transformers.modeling_utils import safe_open, safe_save_file
+from transformers.utils.hub import is_offline_mode
 
 import data
 
@@ -164,10 +168,30 @@ class AttentionPooling(nn.Module):
 
 # ---- loading and building the parts -------------------------------------------------------------
 
+@functools.cache
+def hub_answers():
+    """Is there a model hub within reach? Asked once, for its own loader tries for minutes."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if is_offline_mode():                                      # HF_HUB_OFFLINE=1
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return True                                            # it answered: "no" is an answer
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def where_to_look(source):
+    """Options of from_pretrained: the hub only for what is no folder, and only if it is there."""
+    return {"local_files_only": Path(source).exists() or not hub_answers()}
+
+
 def load_part(cls, source, **options):
     """cls.from_pretrained(source), or a ModelError of one line if it cannot be had."""
     try:
-        return cls.from_pretrained(source, **options)
+        return cls.from_pretrained(source, **where_to_look(source), **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -205,10 +229,13 @@ def build_llm(config):
 
 def find_tokenizer(source):
     """The tokenizer of a model id or folder; None if there is no source or it has no tokenizer."""
+    if not source:
+        return None
+    options = where_to_look(source)
     try:
-        return source and AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **options)
     except ImportError:                                        # SigLIP 1 names a class that wants
-        return PreTrainedTokenizerFast.from_pretrained(source)         # another package
+        return PreTrainedTokenizerFast.from_pretrained(source, **options)      # another package
     except (OSError, ValueError, KeyError):
         return None
 
@@ -482,7 +509,7 @@ def export(run, out):
     draft.rename(out)
 
 
-def ask(args):
+def answer(args):
     """What a trained LoFi says about one film, as JSON: to phrases, to a box, or its report."""
     model = LoFi.from_pretrained(args.run)
     if args.box:
@@ -516,7 +543,7 @@ def main():
     args = parser.parse_args()
     try:
         if args.command == "ask":
-            print(json.dumps(ask(args)))
+            print(json.dumps(answer(args)))
             return
         export(args.run, args.out)
     except (ModelError, data.DataError) as error:

@@ -43,7 +43,7 @@ from transformers import logging as transformers_logging
 import data
 import metrics
 from model import (LoFi, ModelError, SafetensorError, find_device, find_tokenizer, read_config,
-                   safe_open, safe_save_file)
+                   safe_open, safe_save_file, where_to_look)
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -72,11 +72,12 @@ class PlainSiglip:
 def load_siglip(source, device):
     """A SigLIP-family id or folder -> PlainSiglip. Raises RetrieveError."""
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
+        options = where_to_look(source)
+        kind = AutoConfig.from_pretrained(source, **options).model_type
         if kind != "siglip":
             raise ValueError(f"it is a {kind} model")
         siglip, report = SiglipModel.from_pretrained(source, dtype=torch.float32,
-                                                     output_loading_info=True)
+                                                     output_loading_info=True, **options)
         if missing := report["missing_keys"]:
             raise ValueError(f"{len(missing)} weights are missing, {min(missing)} for one")
         if not (tokenizer := find_tokenizer(source)):
@@ -601,8 +602,9 @@ def search(args, path, rows, device):
     sheet = contact_sheet(args, own, found)
     data.write_whole(args.png, lambda draft: sheet.save(draft, "PNG"))
     film, phrase = args.image or found[0]["path"], args.text or "left pleural effusion"
-    print(f"\ndrew {args.png}\nNext: python icl_ground.py --checkpoint {encoder.source} --image "
-          f"{shlex.quote(film)} --phrase {shlex.quote(phrase)}")
+    lvlm = "--lvlm lofi " if isinstance(encoder, LoFi) else ""
+    print(f"\ndrew {args.png}\nNext: python icl_ground.py {lvlm}--checkpoint {encoder.source} "
+          f"--image {shlex.quote(film)} --phrase {shlex.quote(phrase)}")
     names = ("rank", "similarity", "study", "patient", "split", "image", "report", "regions")
     found = [{name: row[name] for name in names} for row in found]
     return {"query": args.image or args.text, "checkpoint": encoder.source, "data": str(path),
@@ -671,7 +673,7 @@ def check_args(args):
         data.load_image(args.image)
 
 
-def find_data(checkpoint):
+def trained_on(checkpoint):
     """The manifest when no --data is given: what the checkpoint was trained on, by its trainer.pt;
     of a model without one, and of a phantom run that was moved, runs/phantom_data."""
     path, own = Path(checkpoint) / "trainer.pt", None
@@ -708,7 +710,7 @@ def start_ranks():
 def main():
     args = parse_args()
     check_args(args)
-    device, path = find_device(args.device), args.data or find_data(args.checkpoint[0])
+    device, path = find_device(args.device), args.data or trained_on(args.checkpoint[0])
     rows, searching = data.read_manifest(path), args.image or args.text
     start_ranks()
     results = (search if searching else evaluate)(args, path, rows, device)

@@ -105,8 +105,8 @@ def parse_args():
     group.add_argument("--compile", action="store_true", help="compile the layers of towers and "
                        "LLM by torch.compile: minutes at the start, then faster steps")
     group.add_argument("--workers", type=int, metavar="N", help="processes that decode images "
-                       "(default: 1 if the preset keeps decoded films in memory, else one a core, at "
-                       "most 4)")
+                       "(default: 1 if the preset keeps decoded films in memory, else one a core, "
+                       "at most 4)")
     group.add_argument("--save-every", type=int, default=500, metavar="N",
                        help="steps between checkpoints (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0,
@@ -324,7 +324,7 @@ def load_trainer(path, model, optimizer, scaler, settings):
 # ---- evaluation ---------------------------------------------------------------------------------
 
 def best_first(queries, pool, k):
-    """Unit vectors (Q, D) and (C, D) -> (Q, min(k, C)) indices of the best, ties by lower index.
+    """Unit vectors (Q, D) and (N, D) -> (Q, min(k, N)) indices of the best, ties by lower index.
 
     On a grid of 2^-26 float64 holds every product exactly, on any machine, as in retrieve.py."""
     queries, pool = ((x * 2.0 ** 26).round().double() for x in (queries, pool))

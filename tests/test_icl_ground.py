@@ -161,7 +161,7 @@ def test_ids_are_those_of_the_processors_chat_template(processor, films):
     for n in (0, 1, 5):
         for phrase in PHRASES:
             chat = turns(films[-1]["path"], phrase, triplets_of(films[:n]))
-            ids = icl_ground.prompt_ids(processor, chat)
+            ids = icl_ground.chat_ids(processor, chat)
             wanted = plain_inputs(processor, chat)
             assert ids == wanted["input_ids"][0].tolist()
             is_image = [i == processor.tokenizer.image_token_id for i in ids]
@@ -358,7 +358,7 @@ def test_fast_way_gives_the_plain_ways_answers(lvlm, processor, jobs, plain_answ
     the prompt, the sliding window counted over padding, positions that forget the prefix, image
     features out of order; with the feature cache on, off, and too small."""
     eos = lvlm.generation_config.eos_token_id
-    prefix = len(icl_ground.prompt_ids(processor, turns(*jobs[0][:1], "", jobs[0][2])))
+    prefix = len(icl_ground.chat_ids(processor, turns(*jobs[0][:1], "", jobs[0][2])))
     suffix = len(processor.tokenizer(PHRASES[3])["input_ids"])
     assert prefix > 32 < suffix                                # the window of small_lvlm
     lengths = [len(ids) for ids, _ in plain_answers]
@@ -523,8 +523,8 @@ def test_several_encoders_and_k_make_table_2(call, phantom, run_dir, tmp_path):
 
 def test_shown_prompt_is_what_is_sent(call, phantom, run_dir, lvlm_dir, processor, monkeypatch):
     """Guards against a prompt that is printed by other means than the one that is sent."""
-    sent, ids = [], icl_ground.prompt_ids
-    monkeypatch.setattr(icl_ground, "prompt_ids", lambda *args: sent.append(ids(*args)) or sent[-1])
+    sent, ids = [], icl_ground.chat_ids
+    monkeypatch.setattr(icl_ground, "chat_ids", lambda *args: sent.append(ids(*args)) or sent[-1])
     row = data.read_manifest(phantom, "test")[0]
     out, _ = call("--image", row["path"], "--phrase", "A <eos> nodule.", "--data", phantom,
                   "--lvlm", lvlm_dir, "--checkpoint", run_dir, "--max-new-tokens", 2, "--k", 3,

@@ -452,19 +452,19 @@ def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_pat
     """Guards: a run searched on the phantom that was trained on something else."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RetrieveError, match="without a manifest.*--data"):
-        retrieve.find_data(encoder.source)
+        retrieve.trained_on(encoder.source)
     shutil.copytree(phantom, "runs/phantom_data")
-    assert retrieve.find_data(encoder.source) == "runs/phantom_data"
+    assert retrieve.trained_on(encoder.source) == "runs/phantom_data"
     trainer = Path(encoder.source) / "trainer.pt"
     for own, wanted in ((str(phantom), str(phantom)), ("/moved/phantom_data", "runs/phantom_data")):
         torch.save({"settings": {"data": own}}, trainer)
-        assert retrieve.find_data(encoder.source) == wanted
+        assert retrieve.trained_on(encoder.source) == wanted
     torch.save({"settings": {"data": "/elsewhere/mimic"}}, trainer)
     with pytest.raises(RetrieveError, match="/elsewhere/mimic is not there"):
-        retrieve.find_data(encoder.source)
+        retrieve.trained_on(encoder.source)
     trainer.write_bytes(b"half")
     with pytest.raises(RetrieveError, match="damaged"):
-        retrieve.find_data(encoder.source)
+        retrieve.trained_on(encoder.source)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -386,6 +386,19 @@ def test_bad_flags_get_one_line(phantom, tmp_path, monkeypatch, capsys, flags, w
     assert not (tmp_path / "i").exists()
 
 
+@pytest.mark.parametrize("script, flags, model", [
+    ("train.py", (), "google/siglip2-so400m-patch16-512"),
+    ("retrieve.py", ("--checkpoint", "google/siglip2-base-patch16-224"), "google/siglip2-base"),
+    ("icl_ground.py", (), "google/medgemma-1.5-4b-it")])
+def test_without_a_hub_there_is_one_line(phantom, tmp_path, script, flags, model):
+    """Guards: two minutes of retries, each a line, where weights cannot be downloaded."""
+    command = [sys.executable, ROOT / script, "--data", phantom, *flags]
+    done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and not any(tmp_path.iterdir())
+    [line] = done.stderr.splitlines()
+    assert model in line and "hf auth login" in line
+
+
 def test_an_unreadable_training_image_stops_or_is_counted(phantom, tmp_path, monkeypatch):
     """Guards: a film silently replaced by noise; a run that dies without the path."""
     folder = tmp_path / "data"
