@@ -647,7 +647,7 @@ def main():
                   for name, v in zip(LOSSES, parts.nanmean(0).tolist())}
         rate = args.accumulate * batch_size / (time.time() - start)
         line = {"step": step + 1, "lr": learning_rate(step, steps, config), **values,
-                "samples_per_s": round(rate, 2)}
+                "samples_per_s": round(rate, 4)}
         log.write(json.dumps(line) + "\n")
         bar.set_postfix({name: f"{v:.2f}" for name, v in values.items() if v is not None}
                         | ({"skipped": skipped} if skipped else {}), refresh=False)

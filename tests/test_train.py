@@ -216,10 +216,10 @@ def test_out_of_memory_says_what_to_lower(odd, tmp_path, monkeypatch):
 
 def test_workers_do_not_change_the_batches(odd, tmp_path, monkeypatch):
     """Guards: random draws that depend on which process decodes a film."""
-    for workers in (0, 3):
+    for workers in (0, 2):
         main(monkeypatch, "--data", odd, *FAST, "--steps", 3, "--workers", workers,
              "--out", tmp_path / str(workers))
-    assert_same_run(tmp_path / "0", tmp_path / "3")
+    assert_same_run(tmp_path / "0", tmp_path / "2")
 
 
 def test_resume_wants_the_same_flags_and_a_whole_checkpoint(phantom, finished, tmp_path,
