@@ -133,7 +133,7 @@ def box_problem(box):
     number = (int, float)
     if not (isinstance(box, list) and len(box) == 4 and all(type(v) in number for v in box)):
         return "is not a list of 4 numbers"
-    if not all(math.isfinite(v) for v in box):
+    if not all(abs(v) < math.inf for v in box):
         return "has a value that is not finite"
     x0, y0, x1, y1 = box
     if max(box) > 2:
@@ -179,8 +179,10 @@ def scan_manifest(data):
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield number, None, f"not JSON: {error.msg} at column {error.colno}"
+                    if "\\u" in line:                          # half a surrogate pair is no text
+                        json.dumps(row, ensure_ascii=False).encode()
+                except (ValueError, RecursionError) as error:
+                    yield number, None, f"not JSON: {str(error).splitlines()[0]}"
                     continue
                 yield number, row, row_problem(row, path.parent)
         except UnicodeDecodeError as error:
@@ -1307,6 +1309,8 @@ def check(data, png):
         if problem:
             problems += 1
             tqdm.write(f"{path}:{number}: {problem}")
+    if not rows and not problems:
+        raise DataError(f"{path}: no rows")
     for split in SPLITS:
         some = [row for row in rows if row["split"] == split]
         regions = [region for row in some for region in row["regions"]]

@@ -86,9 +86,11 @@ WRONG = [({"split": "validation"}, "wanted one of train, val, test"),
          ({"report": 7}, "'report' is 7"), ({"regions": {}}, "'regions'")]
 WRONG_BOXES = [([10, 20, 300, 400], "pixels"), ([0.5, 0.1, 0.2, 0.3], "corners are wanted"),
                ([0, 0, 1.2, 1], "leaves"), ([0.1, 0.1, float("nan"), 0.2], "not finite"),
-               ([0.1, 0.2, 0.3], "4 numbers"), (["0", 0, 1, 1], "4 numbers")]
+               ([0.1, 0.2, 0.3], "4 numbers"), (["0", 0, 1, 1], "4 numbers"),
+               ([0, 0, 10 ** 400, 1], "pixels")]
 WRONG += [({"regions": [{"phrase": "x", "boxes": [box]}]}, words) for box, words in WRONG_BOXES]
-WRONG += [({"regions": [{"phrase": "", "boxes": []}]}, "phrase")]
+WRONG += [({"regions": [{"phrase": "", "boxes": []}]}, "phrase"),
+          ({"report": "half a pair: \ud83d"}, "surrogates")]
 
 
 @pytest.mark.parametrize("change, words", WRONG)
@@ -106,6 +108,8 @@ def test_what_is_no_manifest_is_said(tmp_path):
     for make, words in ((lambda: tmp_path / "none", "no such file"),
                         (lambda: write(tmp_path / "a", "{broken"), "not JSON"),
                         (lambda: write(tmp_path / "b", "[1]"), "wanted a JSON object"),
+                        (lambda: write(tmp_path / "e", "[" * 10 ** 5), "not JSON"),
+                        (lambda: write(tmp_path / "f", "9" * 5000), "not JSON"),
                         (lambda: write(tmp_path / "c", {**ROW, "split": "test"}),
                          "no rows with split 'train'")):
         with pytest.raises(data.DataError, match=words):
