@@ -466,7 +466,13 @@ class LoFi(nn.Module):
         if None in tokenizers:
             raise ModelError(f"{folder}/tokenizer: no tokenizer to be read there; "
                              "the run is incomplete")
-        model = cls(config, build_encoder(config), build_llm(config), *tokenizers)
+        try:
+            model = cls(config, build_encoder(config), build_llm(config), *tokenizers)
+        except ModelError:
+            raise
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise ModelError(f"{folder}/config.json: no model can be built of it ({error!r}); "
+                             "was it edited?")
         try:
             state = load_safetensors(str(folder / "model.safetensors"))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -487,9 +493,14 @@ class LoFi(nn.Module):
 def read_config(folder):
     """config.json of a run folder -> Config. Raises ModelError."""
     try:
-        return Config(**json.loads((Path(folder) / "config.json").read_text()))
-    except (OSError, TypeError, json.JSONDecodeError):
+        config = Config(**json.loads((Path(folder) / "config.json").read_text()))
+    except (OSError, TypeError, ValueError):
         raise ModelError(f"{folder}: not a run folder of train.py (no config.json of ours in it)")
+    for name, usual in dataclasses.asdict(PAPER).items():
+        value = getattr(config, name)
+        if isinstance(usual, (int, float)) and not isinstance(value, (int, float, type(None))):
+            raise ModelError(f"{folder}/config.json: {name} is {value!r}, wanted a number")
+    return config
 
 
 def export(run, out):

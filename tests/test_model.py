@@ -264,10 +264,14 @@ def test_damaged_and_foreign_checkpoints_are_refused(model, tmp_path):
     with pytest.raises(ModelError, match="not a run folder"):
         LoFi.from_pretrained(tmp_path)
     config = (tmp_path / "run" / "config.json").read_text()
-    other = config.replace('"n_queries": 4', '"n_queries": 9')
-    (tmp_path / "run" / "config.json").write_text(other)
-    with pytest.raises(ModelError, match="another model"):
-        LoFi.from_pretrained(tmp_path / "run")
+    for old, new, words in (('"n_queries": 4', '"n_queries": 9', "another model"),
+                            ('"n_queries": 4', '"n_queries": "4"', "wanted a number"),
+                            ('"patch_size": 8', '"patch_size": 0', "no model can be built"),
+                            ('"encoder": null', '"encoder": 5', "no model can be built")):
+        assert old in config
+        (tmp_path / "run" / "config.json").write_text(config.replace(old, new))
+        with pytest.raises(ModelError, match=words):
+            LoFi.from_pretrained(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(config)
     weights = tmp_path / "run" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
