@@ -463,7 +463,7 @@ class LoFi(nn.Module):
         config = read_config(folder)
         tokenizers = [find_tokenizer(folder / "tokenizer" / "text"),
                       find_tokenizer(folder / "tokenizer")]
-        if None in tokenizers:
+        if any(t is None or None in (t.eos_token_id, t.pad_token_id) for t in tokenizers):
             raise ModelError(f"{folder}/tokenizer: no tokenizer to be read there; "
                              "the run is incomplete")
         try:

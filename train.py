@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -302,9 +301,9 @@ def load_trainer(path, model, optimizer, scaler, settings):
     """Restore what save_run wrote -> the step to go on from. Raises TrainError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise TrainError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]}); "
-                         "start anew with another --out")
+    except Exception as error:                                 # of pickle, on bytes that are none
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainError(f"{path}: damaged checkpoint ({reason}); start anew with another --out")
     if not isinstance(state, dict) or set(state) != TRAINER_KEYS \
             or set(state["settings"]) != set(settings):
         raise TrainError(f"{path}: not a checkpoint of this train.py; start anew with another "

@@ -235,9 +235,10 @@ def test_resume_wants_the_same_flags_and_a_whole_checkpoint(phantom, finished, t
         with pytest.raises(train.TrainError, match=words):
             main(monkeypatch, *flags)
     weights = (out / "trainer.pt").read_bytes()
-    (out / "trainer.pt").write_bytes(weights[:len(weights) // 2])
-    with pytest.raises(train.TrainError, match="damaged checkpoint"):
-        main(monkeypatch, *command, "--steps", 30)
+    for damaged in (weights[:len(weights) // 2], b"", b"no checkpoint"):
+        (out / "trainer.pt").write_bytes(damaged)
+        with pytest.raises(train.TrainError, match="damaged checkpoint"):
+            main(monkeypatch, *command, "--steps", 30)
     torch.save({"step": 3}, out / "trainer.pt")
     with pytest.raises(train.TrainError, match="not a checkpoint of this train.py"):
         main(monkeypatch, *command, "--steps", 30)
