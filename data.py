@@ -497,7 +497,9 @@ FINDINGS = {"nodule": "{Size} {side} {zone} zone nodule.",
 ABSENT = {"nodule": "No nodule.", "cavity": "No cavity.", "consolidation": "No consolidation.",
           "effusion": "No pleural effusion.", "pneumothorax": "No pneumothorax.",
           "pacemaker": "No implanted device.", "heart": "Normal heart size."}
-SENTENCES = 3                                                   # of a phantom's report
+SENTENCES = 3                               # of a phantom's report, and one on how the body lies:
+POSITION = "{view} view, chest {y} and {x}."
+WIDTH, SHIFT = (.70, 1.06), .12             # of the body on the film, and of its middle, each way
 
 
 class Film:
@@ -505,9 +507,18 @@ class Film:
 
     def __init__(self, rng, n):
         self.rng, self.n = rng, n
-        self.scale = rng.uniform(.70, 1.06) / 2 * np.array([1, rng.uniform(.9, 1.12)])
-        self.centre = .5 + rng.uniform(-.12, .12, 2)
+        self.scale = rng.uniform(*WIDTH) / 2 * np.array([1, rng.uniform(.9, 1.12)])
+        self.centre = .5 + rng.uniform(-SHIFT, SHIFT, 2)
         self.pixels = np.full((n, n), 14, np.float32)
+
+    def position(self):
+        """The sentence of the report that says how the body lies on the film, each in thirds."""
+        def third(value, low, high, *words):
+            return words[min(2, int(3 * (value - low) / (high - low)))]
+        x, y = self.centre - .5
+        return POSITION.format(view=third(2 * self.scale[0], *WIDTH, "Wide", "Standard", "Close"),
+                               y=third(y, -SHIFT, SHIFT, "high", "level", "low"),
+                               x=third(x, -SHIFT, SHIFT, "right", "central", "left"))
 
     def place(self, points):
         """Body frame -> fractions of the film."""
@@ -670,7 +681,7 @@ def draw_phantom(rng, n=96):
                         "boxes": [film.box(o) for o in draw[kind](film, side, zone, width)]})
     absent = rng.permutation([kind for kind in FINDINGS if kind not in kinds])
     sentences = [r["phrase"] for r in regions] + [ABSENT[kind] for kind in absent]
-    report = " ".join(rng.permutation(sentences[:SENTENCES]))
+    report = " ".join(rng.permutation([*sentences[:SENTENCES], film.position()]))
     pixels = (film.pixels * rng.uniform(.85, 1.1)
               + noise(rng, 2 * n // 3, n, 8) + noise(rng, 5, n, 6))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), report, regions

@@ -631,13 +631,14 @@ COLUMNS = ["i2t R@1", "t2i R@1", "i2t R@10", "t2i R@10", "shared@5", "nearest Ro
 
 
 def without_places(source, folder):
-    """Write the phantom's manifest with reports that do not say where: side and zone are left out.
-    The phrases of the boxes stay whole."""
-    place = re.compile(r" in the \w+ \w+ zone| over the \w+ chest|\b(left|right) |\b\w+ zone ")
+    """Write the phantom's manifest with reports that do not say where: side, zone and how the body
+    lies are left out. The phrases of the boxes stay whole."""
+    place = re.compile(r" in the \w+ \w+ zone| over the \w+ chest|\b(left|right) |\b\w+ zone "
+                       r"|\w+ view, chest \w+ and \w+\. ?")
     rows = [json.loads(line) for line in open(Path(source, "manifest.jsonl"))]
     for row in rows:
         row |= {"image": str(Path(source, row["image"]).resolve()),
-                "report": place.sub("", row["report"])}
+                "report": place.sub("", row["report"]).strip()}
     data.write_whole(Path(folder, "manifest.jsonl"), lambda draft: draft.write_text(
         "".join(json.dumps(row) + "\n" for row in rows)))
 

@@ -1,6 +1,7 @@
 """The manifest, box text, images, sampling and the phantom."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -339,6 +340,22 @@ def test_phantom_is_rich_and_its_phrase_prior_low(tmp_path):
     assert len(regions) >= 300 and score["F@0.5"] <= 0.25
     for row in test:
         assert all(region["phrase"] in row["report"] for region in row["regions"])
+    lies = Counter(re.findall(r"\w+ view, chest \w+ and \w+\.", " ".join(r["report"] for r in train)))
+    assert lies.total() == len(train) and len(lies) == 27 and max(lies.values()) < 3 * 900 / 27
+
+
+def test_phantom_says_how_the_body_lies():
+    """Guards: a report that puts the body on the other side of the film, or high for low."""
+    for centre, width, said in (((.40, .60), .72, "Wide view, chest low and right."),
+                                ((.50, .50), .88, "Standard view, chest level and central."),
+                                ((.62, .38), 1.06, "Close view, chest high and left.")):
+        film = data.Film(np.random.default_rng(0), 96)
+        film.centre, film.scale = np.array(centre), np.array([width, width]) / 2
+        film.add(film.mask([(-1, -1), (1, -1), (1, 1), (-1, 1)]), 100)
+        assert film.position() == said
+        y, x = np.nonzero(film.pixels > 100)
+        if "right" in said or "left" in said:
+            assert (x.mean() > 48) == ("left" in said) and (y.mean() > 48) == ("low" in said)
 
 
 def test_phantom_findings_are_where_their_boxes_say():
