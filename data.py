@@ -497,7 +497,7 @@ FINDINGS = {"nodule": "{Size} {side} {zone} zone nodule.",
 ABSENT = {"nodule": "No nodule.", "cavity": "No cavity.", "consolidation": "No consolidation.",
           "effusion": "No pleural effusion.", "pneumothorax": "No pneumothorax.",
           "pacemaker": "No implanted device.", "heart": "Normal heart size."}
-SENTENCES = 3                               # of a phantom's report, and one on how the body lies:
+SENTENCES = 3                               # of a phantom's report, and in half of them one more:
 POSITION = "{view} view, chest {y} and {x}."
 WIDTH, SHIFT = (.70, 1.06), .12             # of the body on the film, and of its middle, each way
 
@@ -681,7 +681,8 @@ def draw_phantom(rng, n=96):
                         "boxes": [film.box(o) for o in draw[kind](film, side, zone, width)]})
     absent = rng.permutation([kind for kind in FINDINGS if kind not in kinds])
     sentences = [r["phrase"] for r in regions] + [ABSENT[kind] for kind in absent]
-    report = " ".join(rng.permutation([*sentences[:SENTENCES], film.position()]))
+    sentences = sentences[:SENTENCES] + [film.position()] * rng.integers(2)
+    report = " ".join(rng.permutation(sentences))
     pixels = (film.pixels * rng.uniform(.85, 1.1)
               + noise(rng, 2 * n // 3, n, 8) + noise(rng, 5, n, 6))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), report, regions

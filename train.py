@@ -83,8 +83,8 @@ def parse_args():
     group.add_argument("--steps", type=int, metavar="N",
                        help="optimizer steps; with --epochs, whichever ends first (preset)")
     group.add_argument("--batch-size", type=int, metavar="B",
-                       help="images a step and process (preset; paper: 16; tiny: 48, fewer on a "
-                       "set with less than 6 batches of that)")
+                       help="images a step and process (preset; paper: 16; phantom: 32; tiny: 48, "
+                       "fewer on a set with less than 6 batches of that)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: "
                        "gradients are averaged over N batches of B images; the sigmoid loss stays "
                        "within a batch (default: 1)")
@@ -92,7 +92,7 @@ def parse_args():
                        "cosine to 0 (preset; paper: 3e-4)")
     group.add_argument("--augment", type=float, metavar="X", help="strength of crop, brightness "
                        "and contrast, boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of "
-                       "the film; not in the paper (preset: paper 0, tiny 0.65, phantom 0.1)")
+                       "the film; not in the paper (preset: tiny 0.65, paper and phantom 0)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")

@@ -621,7 +621,8 @@ def bench_hints(run="runs/phantom", folder="runs/phantom_data"):
 
 # ---- ablate -------------------------------------------------------------------------------------
 
-NO_PLACES = ["--data", "runs/phantom_no_places", "--preset", "tiny", "--augment", "0.1"]
+NO_PLACES = ["--data", "runs/phantom_no_places", "--preset", "tiny", "--augment", "0",
+             "--batch-size", "32"]
 ABLATIONS = {"s": ["--objectives", "s"], "sc": ["--objectives", "sc"], "scgd": [],
              "scgd, lambda 1": ["--lambda", "1"], "scgd, lambda 10": ["--lambda", "10"],
              "s, no places": [*NO_PLACES, "--objectives", "s"],
@@ -669,8 +670,8 @@ def ablation_run(job):
                               done["grounding"]["F@0.5"] if taught else np.nan)]
 
 
-def bench_ablate(seeds=(0, 1, 2), steps=725, folder="runs/ablate"):
-    """Fig. 4 on the phantom, each run half as long as the default one, then its objectives on
+def bench_ablate(seeds=(0, 1, 2), steps=733, folder="runs/ablate"):
+    """Fig. 4 on the phantom, each run a third as long as the default one, then its objectives on
     reports that name no places: mean and standard deviation over the seeds, percent. Interrupted,
     it goes on with the runs that are not there yet."""
     if not Path("runs/phantom_data/manifest.jsonl").exists():

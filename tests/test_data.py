@@ -341,7 +341,7 @@ def test_phantom_is_rich_and_its_phrase_prior_low(tmp_path):
     for row in test:
         assert all(region["phrase"] in row["report"] for region in row["regions"])
     lies = Counter(re.findall(r"\w+ view, chest \w+ and \w+\.", " ".join(r["report"] for r in train)))
-    assert lies.total() == len(train) and len(lies) == 27 and max(lies.values()) < 3 * 900 / 27
+    assert 400 < lies.total() < 500 and len(lies) == 27 and max(lies.values()) < 3 * 450 / 27
 
 
 def test_phantom_says_how_the_body_lies():
