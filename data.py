@@ -497,9 +497,9 @@ FINDINGS = {"nodule": "{Size} {side} {zone} zone nodule.",
 ABSENT = {"nodule": "No nodule.", "cavity": "No cavity.", "consolidation": "No consolidation.",
           "effusion": "No pleural effusion.", "pneumothorax": "No pneumothorax.",
           "pacemaker": "No implanted device.", "heart": "Normal heart size."}
-SENTENCES = 3                               # of a phantom's report, and in half of them one more:
-POSITION = "{view} view, chest {y} and {x}."
-WIDTH, SHIFT = (.70, 1.06), .12             # of the body on the film, and of its middle, each way
+SENTENCES = 3                       # on findings, there or not, in a phantom's report
+POSITION = "{view} view, chest {y} and {x}."                    # in half of the reports
+BODY_WIDTH, BODY_SHIFT = (.70, 1.06), .12                       # fractions of the film; each way
 
 
 class Film:
@@ -507,18 +507,20 @@ class Film:
 
     def __init__(self, rng, n):
         self.rng, self.n = rng, n
-        self.scale = rng.uniform(*WIDTH) / 2 * np.array([1, rng.uniform(.9, 1.12)])
-        self.centre = .5 + rng.uniform(-SHIFT, SHIFT, 2)
+        self.scale = rng.uniform(*BODY_WIDTH) / 2 * np.array([1, rng.uniform(.9, 1.12)])
+        self.centre = .5 + rng.uniform(-BODY_SHIFT, BODY_SHIFT, 2)
         self.pixels = np.full((n, n), 14, np.float32)
 
     def position(self):
-        """The sentence of the report that says how the body lies on the film, each in thirds."""
+        """The sentence that says how the body lies on the film: how much of its width it takes, and
+        where its middle is, each by thirds of the range. Right and left are the patient's."""
         def third(value, low, high, *words):
             return words[min(2, int(3 * (value - low) / (high - low)))]
         x, y = self.centre - .5
-        return POSITION.format(view=third(2 * self.scale[0], *WIDTH, "Wide", "Standard", "Close"),
-                               y=third(y, -SHIFT, SHIFT, "high", "level", "low"),
-                               x=third(x, -SHIFT, SHIFT, "right", "central", "left"))
+        return POSITION.format(
+            view=third(2 * self.scale[0], *BODY_WIDTH, "Wide", "Standard", "Close"),
+            y=third(y, -BODY_SHIFT, BODY_SHIFT, "high", "level", "low"),
+            x=third(x, -BODY_SHIFT, BODY_SHIFT, "right", "central", "left"))
 
     def place(self, points):
         """Body frame -> fractions of the film."""
@@ -681,7 +683,9 @@ def draw_phantom(rng, n=96):
                         "boxes": [film.box(o) for o in draw[kind](film, side, zone, width)]})
     absent = rng.permutation([kind for kind in FINDINGS if kind not in kinds])
     sentences = [r["phrase"] for r in regions] + [ABSENT[kind] for kind in absent]
-    sentences = sentences[:SENTENCES] + [film.position()] * rng.integers(2)
+    sentences = sentences[:SENTENCES]
+    if rng.integers(2):
+        sentences.append(film.position())
     report = " ".join(rng.permutation(sentences))
     pixels = (film.pixels * rng.uniform(.85, 1.1)
               + noise(rng, 2 * n // 3, n, 8) + noise(rng, 5, n, 6))

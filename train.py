@@ -64,8 +64,8 @@ def parse_args():
 
     group = parser.add_argument_group("model")
     group.add_argument("--preset", choices=PRESETS, help="paper: SigLIP 2 400M, Gemma 3 270M, "
-                       "LoRA; tiny: small towers from scratch (default: paper with --data, tiny "
-                       "without)")
+                       "LoRA; tiny: small towers from scratch (default: paper with --data; "
+                       "without, tiny as PHANTOM changes it)")
     group.add_argument("--encoder", metavar="ID", help="SigLIP-family model id or folder (preset)")
     group.add_argument("--llm", metavar="ID", help="Gemma 3 text model id or folder (preset)")
     group.add_argument("--random-init", action="store_true", help="the preset's sizes with random "
@@ -83,8 +83,8 @@ def parse_args():
     group.add_argument("--steps", type=int, metavar="N",
                        help="optimizer steps; with --epochs, whichever ends first (preset)")
     group.add_argument("--batch-size", type=int, metavar="B",
-                       help="images a step and process (preset; paper: 16; phantom: 32; tiny: 48, "
-                       "fewer on a set with less than 6 batches of that)")
+                       help="images a step and process (preset; paper: 16; tiny: 48, phantom: 32, "
+                       "both fewer on a set with less than 6 batches of that)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: "
                        "gradients are averaged over N batches of B images; the sigmoid loss stays "
                        "within a batch (default: 1)")
