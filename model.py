@@ -113,8 +113,8 @@ TINY = Config(                          # for a few hundred films on a CPU
     decoder=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64,
                  initializer_range=0.08, hidden_activation="silu", max_position_embeddings=1024))
-# For drawn films: many, so no augmentation (a crop would belie Film.position), and reports of up to
-# four sentences.
+# For drawn films: they are many, so none is augmented; more, smaller steps; reports of up to four
+# sentences.
 PHANTOM = dataclasses.replace(
     TINY, batch_size=32, augment=0.0, text=dict(TINY.text, max_position_embeddings=34))
 PRESETS = {"paper": PAPER, "tiny": TINY}

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -40,6 +41,8 @@ transformers_logging.set_verbosity_error()
 
 LOSSES = ("loss", "sigmoid", "captioning", "grounding", "dense_captioning")      # as in log.jsonl
 TRAINER_KEYS = {"step", "settings", "weights", "optimizer", "scaler", "rng"}       # of trainer.pt
+DAMAGED = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError,
+           pickle.UnpicklingError)      # what torch.load raises on bytes that it did not write
 MAX_SKIPPED = 5                         # steps in a row without a finite loss, then the run stops
 
 
@@ -301,7 +304,7 @@ def load_trainer(path, model, optimizer, scaler, settings):
     """Restore what save_run wrote -> the step to go on from. Raises TrainError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                 # of pickle, on bytes that are none
+    except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrainError(f"{path}: damaged checkpoint ({reason}); start anew with another --out")
     if not isinstance(state, dict) or set(state) != TRAINER_KEYS \

@@ -8,7 +8,7 @@
     train        train.py's loop against the bare step, the Trainer and the naive formulation
     paper        the paper's sizes with random weights: loop, bare step, memory, hours of 10 epochs
     hints        on the default run: does a box follow "left" and "right" in its phrase?
-    ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each, over an hour on 2 cores
+    ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each; over an hour, 2 cores
 
 Machines are shared and differ, so a figure alone says little: compare the ratios.
 """

@@ -393,8 +393,8 @@ def test_bad_flags_get_one_line(phantom, tmp_path, monkeypatch, capsys, flags, w
     ("icl_ground.py", (), "google/medgemma-1.5-4b-it")])
 def test_without_a_hub_there_is_one_line(phantom, tmp_path, script, flags, model):
     """Guards: two minutes of retries, each a line, where weights cannot be downloaded."""
-    command = [sys.executable, ROOT / script, "--data", phantom, *flags]
-    done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / script, "--data", phantom, *flags], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 1 and not any(tmp_path.iterdir())
     [line] = done.stderr.splitlines()
     assert model in line and "hf auth login" in line
