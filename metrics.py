@@ -19,17 +19,96 @@ A predictions file has one query, that is one (image, phrase), a line (icl_groun
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:                                              # Windows: files are not locked
+    fcntl = None
 
 # Q queries  C candidates  K cutoff rank  N, M predicted and target boxes of a query
 # boxes: (x0, y0, x1, y1), fractions of width and height; preds, targets: a list of boxes a query
 
 PERCENT = ("Ro/L", "Ro/S", "F@0.5", "P@0.5", "R@0.5")            # the columns of Tables 2 to 4
+
+
+# ---- errors, files and tables: shared by all scripts ---------------------------------------------
+
+class InputError(ValueError):
+    """Invalid input. The message is one line: what was given, what is expected, what to do."""
+
+
+def first_line(error):
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def write_file(path, write):
+    """Write a file atomically: write(draft), then rename the draft to path; make missing folders.
+
+    Raises InputError if it cannot be written; a file that was there is then unchanged."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        mode = draft.stat().st_mode                              # the umask's, whatever write() sets
+        write(draft)
+        draft.chmod(mode)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:                     # torch.save raises RuntimeError
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path}: cannot be written ({reason}); make room or choose another path, "
+                         "then run the same command again")
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a JSON file atomically. Raises InputError."""
+    write_file(path, lambda draft: draft.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def check_output(path, inputs):
+    """Raise InputError if an output path is one of the inputs, directly or through a link."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a file to write")
+    for given in map(Path, inputs):
+        if path.resolve() == given.resolve() or (
+                path.exists() and given.exists() and path.samefile(given)):
+            raise InputError(f"{path}: is an input of this command and would be overwritten; "
+                             "choose another output path")
+
+
+def lock(path):
+    """Open a file to append and lock it -> the open file; the lock ends with its process.
+
+    Raises InputError if another process holds the lock."""
+    file = open(path, "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{path}: another process is writing this file; wait for it to end, or "
+                         "choose another --out")
+    return file
+
+
+def format_table(rows):
+    """Rows of text, the header first -> aligned lines: first column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+                     for row in rows)
 
 
 # ---- retrieval (Table 1) -------------------------------------------------------------------------
@@ -79,6 +158,22 @@ def auroc(scores, labels):
 
 
 # ---- boxes ---------------------------------------------------------------------------------------
+
+def box_problem(box):
+    """What is invalid about a box [x0, y0, x1, y1] of fractions, in words; None if it is valid."""
+    if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
+        return "is not a list of 4 numbers"
+    x0, y0, x1, y1 = box
+    if not all(np.isfinite(v) for v in box):
+        return "has a value that is not finite"
+    if max(box) > 2:
+        return "looks like pixels: divide x by the image's width and y by its height"
+    if x1 - x0 < 1e-9 or y1 - y0 < 1e-9:
+        return "has x1 <= x0 or y1 <= y0: corners are expected, not x, y, width, height"
+    if min(box) < -1e-6 or max(box) > 1 + 1e-6:
+        return "leaves the image: clip it to [0, 1]"
+    return None
+
 
 def as_boxes(boxes):
     """List of boxes -> (N, 4) float. Boxes without area are dropped where a reply is read."""
