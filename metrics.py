@@ -164,15 +164,20 @@ def box_problem(box):
     if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
         return "is not a list of 4 numbers"
     x0, y0, x1, y1 = box
-    if not all(np.isfinite(v) for v in box):
+    if not all(abs(v) < np.inf for v in box):                    # NaN compares as False
         return "has a value that is not finite"
     if max(box) > 2:
         return "looks like pixels: divide x by the image's width and y by its height"
-    if x1 - x0 < 1e-9 or y1 - y0 < 1e-9:
+    if x1 <= x0 or y1 <= y0:
         return "has x1 <= x0 or y1 <= y0: corners are expected, not x, y, width, height"
     if min(box) < -1e-6 or max(box) > 1 + 1e-6:
         return "leaves the image: clip it to [0, 1]"
     return None
+
+
+def drop_degenerate(boxes):
+    """Boxes without those narrower or lower than a millionth of the image, whose area is 0."""
+    return [box for box in boxes if box[2] - box[0] >= 1e-6 and box[3] - box[1] >= 1e-6]
 
 
 def as_boxes(boxes):
