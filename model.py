@@ -1,62 +1,86 @@
-"""LoFi's model (Sec. 2.0.1, Fig. 1a): SigLIP 2 towers, 64 attention pooling queries, Gemma 3.
+"""LoFi's model (Sec. 2.0.1, Fig. 1a): SigLIP 2 encoders, 64 attention pooling queries, Gemma 3.
 
     from model import LoFi
     model = LoFi.from_pretrained("runs/phantom")
-    model.ground(image, ["The heart is enlarged."])        # -> boxes; also report, describe
-    python model.py ask RUN IMAGE --phrase WORDS ...       # boxes; also its report, or --box
+    model.ground("x.png", ["The heart is enlarged."])      # -> boxes of each phrase
+    emb = model.encode_image(["a.png", "b.png"])           # -> (2, D), unit length, no gradient
+
+    python model.py ask RUN IMAGE --phrase WORDS ...       # boxes; without --phrase the report
     python model.py export RUN OUT                         # a plain SiglipModel folder, LoRA merged
 
-B images, S x S pixels  P patches, D_v wide  V visual tokens (64)  H LLM width
-T text tokens  D shared width of image and text  g patches a side, P = g * g
+B images, S x S pixels  P patches, D_v wide, g patches a side, P = g * g  V visual tokens (64)
+T text tokens  D shared width of image and text  H LLM width
 R rows of the LLM (image, prompt, target)  L prompt and target tokens  N target tokens of all rows
 boxes: (x0, y0, x1, y1), fractions of width and height
 """
 
 import argparse
-import dataclasses
-import functools
 import json
+import sys
+
+
+# ---- arguments: before the imports that take seconds, so that --help answers at once -------------
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        prog="model.py", description="Ask a trained LoFi about an image, or export its encoder.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("export", help="merge LoRA into a plain SiglipModel folder, "
+                                  "which transformers loads without this code")
+    command.add_argument("run", help="run folder of train.py")
+    command.add_argument("out", help="folder to write: SiglipModel, tokenizer and image processor")
+    command = commands.add_parser(
+        "ask", help="print JSON: the report of an image; with --phrase, the boxes of each phrase "
+        "and the sentence for them; with --box, the sentence for that region; with each answer its "
+        "score, the geometric mean probability of its tokens",
+        epilog="LoFi is never taught that a finding is not there: it answers almost any phrase "
+        "with boxes. A low score is a hint, not a test.")
+    command.add_argument("run", help="run folder of train.py")
+    command.add_argument("image", help="a chest X-ray, any mode and size")
+    one = command.add_mutually_exclusive_group()
+    one.add_argument("--phrase", nargs="+", metavar="WORDS",
+                     help="findings to look for, each a sentence (Eq. 3)")
+    one.add_argument("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"),
+                     help="a region, as fractions of width and height (dense captioning)")
+    return parser.parse_args()
+
+
+ARGS = parse_args() if __name__ == "__main__" else None
+
+# ruff: noqa: E402
+import dataclasses
+import datetime
+import functools
 import math
 import os
+import re
 import shutil
-import sys
 import urllib.error
 import urllib.request
+import uuid
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from peft.utils.loftq_utils import SafetensorError             # safetensors comes with both
+from peft.utils.loftq_utils import SafetensorError     # safetensors is a dependency of peft
 from torch import nn
-from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
-                          PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (AutoConfig, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
+                          PreTrainedModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
+from transformers import logging as transformers_logging
 from transformers.modeling_utils import load_state_dict as load_safetensors
-from transformers.modeling_utils import safe_open, safe_save_file
+from transformers.modeling_utils import safe_save_file
 from transformers.utils.hub import is_offline_mode
 
 import data
-
-
-class ModelError(ValueError):
-    """A model cannot be built or loaded; the message is one line that says what to do."""
-
-
-def find_device(name=None):
-    """--device -> torch.device; under torchrun each process takes its own GPU. Raises ModelError"""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ModelError(f"--device {name}: wanted cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
-
+from losses import autoregressive_nll
+from metrics import InputError, box_problem, first_line, write_file, write_json
 
 # ---- hyper-parameters, each once ----------------------------------------------------------------
 
@@ -90,7 +114,7 @@ class Config:
     n_regions: int = 1              # regions of an image in a step; not stated in the paper
     max_target: int = 256           # tokens of a target; not stated in the paper
     augment: float = 0.0            # strength of augmentation; not stated in the paper
-    cache: bool = False             # keep decoded films in memory
+    cache: bool = False             # keep decoded images in memory
     vocab_size: int = 32_000        # at most, of a tokenizer learned where none can be loaded
     vision: dict = dataclasses.field(default_factory=lambda: dict(
         SIGLIP2_400M, image_size=512, patch_size=16))
@@ -103,7 +127,7 @@ class Config:
 
 
 PAPER = Config()
-TINY = Config(                          # for a few hundred films on a CPU
+TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
     lr=1.2e-3, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=2200, epochs=None,
     batch_size=48, min_batches=6, n_regions=3, max_target=34, augment=0.65, cache=True,
@@ -113,14 +137,13 @@ TINY = Config(                          # for a few hundred films on a CPU
     decoder=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64,
                  initializer_range=0.08, hidden_activation="silu", max_position_embeddings=1024))
-# For drawn films: they are many, so none is augmented; more, smaller steps; reports of up to four
-# sentences.
+# For the phantom: its images are many, so none is augmented; its reports have up to four sentences.
 PHANTOM = dataclasses.replace(
     TINY, batch_size=32, augment=0.0, text=dict(TINY.text, max_position_embeddings=34))
 PRESETS = {"paper": PAPER, "tiny": TINY}
 
 # LoRA on the encoder layers alone: the suffix "out_proj" would also wrap the pooling head's, where
-# it has neither effect nor gradient.
+# LoRA has neither effect nor gradient.
 ENCODER_LORA = r".*encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 LLM_LORA = r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"
 ANSWER_TOKENS = 160                     # boxes (nine) or a phrase; not stated in the paper
@@ -129,14 +152,14 @@ ANSWER_TOKENS = 160                     # boxes (nine) or a phrase; not stated i
 # ---- attention pooling and projection -----------------------------------------------------------
 
 def grid_code(n, width, heads):
-    """Sine and cosine code of an n x n grid, the same in every head: (n * n, width).
+    """Sine and cosine position code of an n x n grid, the same in every head: (n * n, width).
 
-    A head of h channels holds h / 4 frequencies of x and of y, from half a period over the film to
-    one period in four patches of an 8 x 8 grid; equal places have the largest product."""
+    A head of h channels holds h / 4 frequencies of x and of y, from half a period over the image to
+    one period in four patches of an 8 x 8 grid; equal positions have the largest dot product."""
     n_frequencies = width // heads // 4
     frequency = torch.pi * torch.linspace(0, 2, n_frequencies).exp2()
-    place = (torch.arange(n) + 0.5) / n
-    y, x = torch.meshgrid(place, place, indexing="ij")
+    position = (torch.arange(n) + 0.5) / n
+    y, x = torch.meshgrid(position, position, indexing="ij")
     angle = torch.stack([x, y], -1).view(n * n, 2, 1) * frequency                  # (n * n, 2, h/4)
     code = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)                    # (n * n, h)
     return F.pad(code, (0, width // heads - code.shape[1])).repeat(1, heads)
@@ -145,21 +168,21 @@ def grid_code(n, width, heads):
 class AttentionPooling(nn.Module):
     """V learned queries attend to P patches, then a projection to the LLM's width (Sec. 2.0.1).
 
-    The queries start on a grid over the film, and the keys carry the same code, so that each starts
-    by looking at its own place (how they start is not stated in the paper)."""
+    The queries start on a grid over the image, and the keys carry the same position code, so that
+    each query starts by attending to its own position (not stated in the paper)."""
 
     def __init__(self, width, heads, n_patches, n_queries, llm_width):
         super().__init__()
         self.register_buffer("place", grid_code(round(n_patches ** 0.5), width, heads),
-                             persistent=False)
-        code = grid_code(int(np.ceil(n_queries ** 0.5)), width, heads)
+                             persistent=False)                                     # (P, D_v)
+        code = grid_code(math.ceil(n_queries ** 0.5), width, heads)
         chosen = torch.linspace(0, len(code) - 1, n_queries).round().long()
-        self.queries = nn.Parameter(2 * code[chosen])
+        self.queries = nn.Parameter(2 * code[chosen])                              # (V, D_v)
         self.norm_patches = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, llm_width)
-        with torch.no_grad():                                  # queries meet keys as they are
+        with torch.no_grad():           # query and key projections start as the identity
             self.attention.in_proj_weight[:2 * width] = torch.eye(width).repeat(2, 1)
 
     def forward(self, patches):
@@ -169,53 +192,122 @@ class AttentionPooling(nn.Module):
         return self.projection(self.norm(pooled))                                  # (B, V, H)
 
 
+# ---- the device, and the processes of torchrun --------------------------------------------------
+
+def find_device(name=None):
+    """--device -> torch.device; under torchrun each process takes its own GPU.
+
+    Raises InputError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def join_processes(device=None):
+    """Join the processes that torchrun started -> (rank, number of processes).
+
+    device: of the tensors to exchange, by default the CPU."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        on_gpu = device is not None and device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+    return rank_and_world()
+
+
+def rank_and_world():
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text):
+    """Print, once for all processes."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
+
+
 # ---- loading and building the parts -------------------------------------------------------------
 
 @functools.cache
-def hub_answers():
-    """Is there a model hub within reach? Asked once, for its own loader tries for minutes."""
+def hub_is_reachable():
+    """Check once whether the Hub is reachable; transformers retries for minutes."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if is_offline_mode():                                      # HF_HUB_OFFLINE=1
         return False
     try:
         urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError:
-        return True                                            # it answered: "no" is an answer
+        return True                                            # reachable: it answered
     except (OSError, ValueError):
         return False
     return True
 
 
-def where_to_look(source):
-    """Options of from_pretrained: the hub only for what is no folder, and only if it is there."""
-    return {"local_files_only": Path(source).exists() or not hub_answers()}
+def hub_options(source):
+    """Options of from_pretrained: ask the Hub only for what is not a local folder."""
+    return {"local_files_only": Path(source).exists() or not hub_is_reachable()}
 
 
-def load_part(cls, source, **options):
-    """cls.from_pretrained(source), or a ModelError of one line if it cannot be had."""
+def check_kind(cls, source):
+    """Raise ValueError if the checkpoint is of another model type, or has several image sizes."""
+    expected = cls.config_class.model_type
+    kind = AutoConfig.from_pretrained(source, **hub_options(source)).model_type
+    if kind != expected:
+        raise ValueError(f"it is a {kind} model, expected {expected}")
+
+
+def load_pretrained(cls, source, hint="", **options):
+    """cls.from_pretrained(source), for models, configs and processors. hint: what else can be done.
+
+    Raises InputError if it is gated, absent, damaged, of another type, or lacks weights, which
+    would stay random."""
     try:
-        return cls.from_pretrained(source, **where_to_look(source), **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{source}: no {cls.__name__} could be loaded ({reason}). Give a local folder, or "
-            "accept the model's terms on huggingface.co and run `hf auth login`; train.py's "
-            "--random-init and --preset tiny need neither")
+        if not issubclass(cls, PreTrainedModel):
+            return cls.from_pretrained(source, **hub_options(source), **options)
+        check_kind(cls, source)
+        part, report = cls.from_pretrained(source, output_loading_info=True, **hub_options(source),
+                                           **options)
+        if missing := report["missing_keys"]:
+            raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
+        return part
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
+            SafetensorError) as error:
+        reason = first_line(error).rstrip(". ")
+    advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
+              if Path(source).exists() else
+              f"if it is gated, accept its terms at https://huggingface.co/{source} and run `hf "
+              "auth login`; or give a local folder")
+    raise InputError(f"{source}: {cls.__name__} cannot be loaded ({reason}); {advice}"
+                     + (f"; {hint}" if hint else ""))
 
 
-def build_encoder(config):
-    """E_I and E_T: the pretrained SiglipModel, or one of the same kind with random weights."""
+NO_WEIGHTS = "--preset tiny and --random-init need no weights"
+
+
+def build_encoder(config, batch_size=None):
+    """E_I and E_T: the pretrained SiglipModel, or one of the same class with random weights.
+
+    batch_size: of a step, by which b starts (config's by default)."""
     if config.encoder:
-        return load_part(SiglipModel, config.encoder, dtype=torch.float32)
+        return load_pretrained(SiglipModel, config.encoder, NO_WEIGHTS, dtype=torch.float32)
     siglip = SiglipModel(SiglipConfig(vision_config=config.vision, text_config=config.text))
     with torch.no_grad():
         siglip.logit_scale.fill_(math.log(10))                 # t' as SigLIP starts it
-        # b = -log(batch): one pair of B is positive; SigLIP's -10: B = 32k
-        siglip.logit_bias.fill_(-math.log(config.batch_size))
+        # b = -log(B), as one pair of B is positive; SigLIP's -10 is for B = 32,768
+        siglip.logit_bias.fill_(-math.log(batch_size or config.batch_size))
         place = siglip.vision_model.embeddings.position_embedding.weight
         place.copy_(grid_code(round(len(place) ** 0.5), place.shape[1],
                               config.vision["num_attention_heads"]))
-        # the last place, mostly padding, is what is pooled: it starts as a mean of the words
+        # SigLIP pools the text at the last position, mostly padding. It starts as a mean of the
+        # words: token embeddings start larger than position embeddings, padding at zero.
         words = siglip.text_model.embeddings
         words.token_embedding.weight.mul_(3)
         words.token_embedding.weight[config.text["pad_token_id"]].zero_()
@@ -224,9 +316,9 @@ def build_encoder(config):
 
 
 def build_llm(config):
-    """The pretrained Gemma 3 text model, or one of the same kind with random weights."""
+    """The pretrained Gemma 3 text model, or one of the same class with random weights."""
     if config.llm:
-        return load_part(Gemma3ForCausalLM, config.llm, dtype=torch.float32)
+        return load_pretrained(Gemma3ForCausalLM, config.llm, NO_WEIGHTS, dtype=torch.float32)
     return Gemma3ForCausalLM(Gemma3TextConfig(**config.decoder))
 
 
@@ -234,33 +326,32 @@ def find_tokenizer(source):
     """The tokenizer of a model id or folder; None if there is no source or it has no tokenizer."""
     if not source:
         return None
-    options = where_to_look(source)
+    options = hub_options(source)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except ImportError:                                        # SigLIP 1 names a class that wants
-        return PreTrainedTokenizerFast.from_pretrained(source, **options)      # another package
-    except (OSError, ValueError, KeyError):
+    except ImportError:                 # SigLIP 1 names a class that needs another package
+        return PreTrainedTokenizerFast.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def build_tokenizers(config, texts):
     """-> (text tokenizer, LLM tokenizer, config with the vocabulary sizes filled in).
 
-    Each comes with its pretrained part; where one is missing, a byte-level BPE is learned from the
-    texts, and said so."""
+    Each comes with its pretrained part. Where one is missing, a byte-level BPE is learned from the
+    texts."""
     text_tokenizer, llm_tokenizer = find_tokenizer(config.encoder), find_tokenizer(config.llm)
     if text_tokenizer and llm_tokenizer:
         return text_tokenizer, llm_tokenizer, config
     most = config.vocab_size
     if config.encoder and not text_tokenizer:
-        most = min(most, load_part(SiglipConfig, config.encoder).text_config.vocab_size)
-        print(f"{config.encoder} has no tokenizer, so its text tower cannot read as it was trained "
-              "to: ", end="")
+        most = min(most, load_pretrained(SiglipConfig, config.encoder).text_config.vocab_size)
+        say(f"{config.encoder} has no tokenizer: its text tower will not read as it was trained to")
     learned = data.learn_tokenizer(texts, most)
     if len(learned) > most:
-        raise ModelError(f"{config.encoder}: {most} text tokens are too few for the 260 of a "
-                         "byte-level tokenizer")
-    print(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training split")
+        raise InputError(f"{config.encoder}: its {most} text tokens are too few for the 260 of a "
+                         "byte-level tokenizer; give an encoder with its tokenizer")
+    say(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training split")
     sizes = {"vocab_size": len(learned)}
     special = dict(bos_token_id=learned.bos_token_id, eos_token_id=learned.eos_token_id,
                    pad_token_id=learned.pad_token_id)
@@ -273,297 +364,418 @@ def add_lora(part, rank, alpha, target_modules):
     """Freeze a part and wrap the named layers in LoRA; rank 0 leaves it whole and trainable."""
     if not rank:
         return part
-    with warnings.catch_warnings():                            # peft asks by a name of older days
+    with warnings.catch_warnings():     # peft still reads a deprecated attribute of transformers
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(part, LoraConfig(r=rank, lora_alpha=alpha,
                                                target_modules=target_modules))
 
 
-# ---- LoFi ---------------------------------------------------------------------------------------
+# ---- E_I and E_T --------------------------------------------------------------------------------
 
-class LoFi(nn.Module):
-    """E_I, E_T, the attention pooling and the LLM. One forward path serves training and use."""
+class Encoder(nn.Module):
+    """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer; LoFi extends it.
 
-    def __init__(self, config, siglip, llm, text_tokenizer, llm_tokenizer):
+    Embed a folder of images and search them:
+
+        encoder = Encoder.load("runs/phantom")             # or a SigLIP-family id or folder
+        paths = sorted(Path("images").glob("*.png"))
+        image_emb = torch.cat([encoder.encode_image(paths[i:i + 64])
+                               for i in range(0, len(paths), 64)])                 # (N, D)
+        text_emb = encoder.encode_text(["Large left pleural effusion."])           # (1, D)
+        cosine = (text_emb @ image_emb.T)[0]                                       # (N,)
+        for i in cosine.topk(5).indices:
+            print(f"{cosine[i]:.3f}", paths[i])
+    """
+
+    def __init__(self, siglip, text_tokenizer):
         super().__init__()
-        self.config, self.text_tokenizer, self.llm_tokenizer = config, text_tokenizer, llm_tokenizer
-        vision, text = siglip.config.vision_config, siglip.config.text_config
-        self.image_size, self.text_length = vision.image_size, text.max_position_embeddings
-        n_patches = (vision.image_size // vision.patch_size) ** 2
-        self.siglip = add_lora(siglip, config.lora_rank, config.lora_alpha, ENCODER_LORA)
-        self.llm = add_lora(llm, config.llm_lora_rank, config.llm_lora_alpha, LLM_LORA)
-        self.pooling = AttentionPooling(vision.hidden_size, vision.num_attention_heads, n_patches,
-                                        config.n_queries, llm.config.hidden_size)
-        for parameter in (siglip.logit_scale, siglip.logit_bias):
-            parameter.requires_grad_(True)
+        self.siglip, self.text_tokenizer, self.source = siglip, text_tokenizer, None
+        self.image_size = siglip.config.vision_config.image_size
+        self.text_length = siglip.config.text_config.max_position_embeddings
 
-    @classmethod
-    def build(cls, config, texts=()):
-        """A model to train; texts: what a missing tokenizer is learned from. Raises ModelError."""
-        text_tokenizer, llm_tokenizer, config = build_tokenizers(config, texts)
-        return cls(config, build_encoder(config), build_llm(config), text_tokenizer, llm_tokenizer)
+    @staticmethod
+    def load(source, device="cpu"):
+        """A run folder of train.py -> LoFi; a SigLIP-family id or folder -> Encoder, for baselines.
+
+        Raises InputError."""
+        source, path = str(source), Path(source)
+        if path.name and path.parent.name and path.parent.is_dir() and not path.exists():
+            raise InputError(f"{source}: no such checkpoint; `python train.py` makes runs/phantom, "
+                             "and --checkpoint takes a run, or a SigLIP-family id or folder")
+        if is_run(path):
+            encoder = LoFi.from_pretrained(source, device)
+        else:
+            siglip = load_pretrained(SiglipModel, source, "train.py makes a run, model.py export a "
+                                     "SigLIP folder", dtype=torch.float32)
+            if not (tokenizer := find_tokenizer(source)):
+                raise InputError(f"{source}: it has no tokenizer; expected a SigLIP-family model "
+                                 "with its tokenizer")
+            check_tokenizer(tokenizer, siglip.config.text_config.vocab_size, source)
+            encoder = Encoder(siglip, tokenizer).to(device).eval()
+        encoder.source = source
+        return encoder
 
     @property
     def device(self):
-        return self.pooling.queries.device
+        return self.siglip.logit_scale.device
 
-    def compile_layers(self):
-        """torch.compile the layers of towers and LLM, one at a time: equal ones share the work."""
-        for layer in (*self.siglip.vision_model.encoder.layers,
-                      *self.siglip.text_model.encoder.layers, *self.llm.get_decoder().layers):
-            layer.compile()
-
-    def checkpoint_layers(self):
-        """Recompute activations in the backward pass: less memory, about a third slower."""
-        for part in (self.siglip, self.llm):
-            part.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    # ---- encoders -------------------------------------------------------------------------------
-
-    def films(self, images):
+    def pixels(self, images):
         """A path, a PIL image, or a list of them -> (B, S, S) uint8; a tensor is left as it is."""
         if isinstance(images, torch.Tensor):
             return images.to(self.device)
         images = images if isinstance(images, (list, tuple)) else [images]
-        films = [np.array(data.load_image(image, self.image_size)) for image in images]
-        return torch.from_numpy(np.stack(films)).to(self.device)
+        pixels = [np.array(data.load_image(image, self.image_size)) for image in images]
+        return torch.from_numpy(np.stack(pixels)).to(self.device)
 
-    def encode_image(self, images, with_patches=False):
+    def encode_image(self, images, with_patches=False, requires_grad=False):
         """E_I: images (B, S, S) uint8, or paths, or PIL images -> (B, D) of unit length.
 
-        with_patches: also the patch tokens (B, P, D_v) that the attention pooling takes."""
-        pixels = self.films(images)[:, None].expand(-1, 3, -1, -1) / 127.5 - 1     # (B, 3, S, S)
-        out = self.siglip.get_image_features(pixel_values=pixels)
-        image_emb = F.normalize(out.pooler_output.float(), dim=-1)
+        with_patches: also the patch tokens (B, P, D_v) that the attention pooling takes.
+        requires_grad: track gradients, as training does."""
+        with torch.set_grad_enabled(requires_grad and torch.is_grad_enabled()):
+            # three equal channels, from 0..255 to SigLIP's -1..1
+            pixels = self.pixels(images)[:, None].expand(-1, 3, -1, -1) / 127.5 - 1  # (B, 3, S, S)
+            out = self.siglip.get_image_features(pixel_values=pixels)
+            image_emb = F.normalize(out.pooler_output.float(), dim=-1)             # (B, D)
         return (image_emb, out.last_hidden_state) if with_patches else image_emb
 
-    def encode_text(self, texts):
+    def encode_text(self, texts, requires_grad=False):
         """E_T: texts (a list, or (B, T) ids) -> (B, D) of unit length."""
+        if isinstance(texts, str):
+            texts = [texts]
         if not isinstance(texts, torch.Tensor):
             texts = data.text_ids(self.text_tokenizer, texts, self.text_length)
-        out = self.siglip.get_text_features(input_ids=texts.to(self.device))
-        return F.normalize(out.pooler_output.float(), dim=-1)
+        with torch.set_grad_enabled(requires_grad and torch.is_grad_enabled()):
+            out = self.siglip.get_text_features(input_ids=texts.to(self.device))
+            return F.normalize(out.pooler_output.float(), dim=-1)
+
+    @torch.no_grad()
+    def heat_map(self, image, phrases):
+        """An image and n phrases -> (n, g, g): cosine of each phrase with each patch.
+
+        The encoder's pooling head is shown one patch at a time. Not in the paper."""
+        patches = self.encode_image(image, with_patches=True)[1][0]                # (P, D_v)
+        patch_emb = F.normalize(self.siglip.vision_model.head(patches[:, None]).float(), dim=-1)
+        side = round(len(patches) ** 0.5)
+        return (self.encode_text(phrases) @ patch_emb.T).view(-1, side, side)
+
+
+# ---- LoFi ---------------------------------------------------------------------------------------
+
+class LoFi(Encoder):
+    """E_I, E_T, the attention pooling and the LLM. One forward path serves training and use."""
+
+    def __init__(self, config, siglip, llm, text_tokenizer, llm_tokenizer):
+        super().__init__(add_lora(siglip, config.lora_rank, config.lora_alpha, ENCODER_LORA),
+                         text_tokenizer)
+        self.config, self.llm_tokenizer = config, llm_tokenizer
+        self.llm = add_lora(llm, config.llm_lora_rank, config.llm_lora_alpha, LLM_LORA)
+        vision = siglip.config.vision_config
+        self.pooling = AttentionPooling(vision.hidden_size, vision.num_attention_heads,
+                                        (vision.image_size // vision.patch_size) ** 2,
+                                        config.n_queries, llm.config.hidden_size)
+        for parameter in (siglip.logit_scale, siglip.logit_bias):    # t' and b train beside LoRA
+            parameter.requires_grad_(True)
+
+    @classmethod
+    def build(cls, config, texts=(), batch_size=None):
+        """A model to train. texts: what a missing tokenizer is learned from; batch_size: see
+        build_encoder. Raises InputError."""
+        text_tokenizer, llm_tokenizer, config = build_tokenizers(config, texts)
+        return cls(config, build_encoder(config, batch_size), build_llm(config), text_tokenizer,
+                   llm_tokenizer)
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def forward(self, batch):
+        """A batch of data.Collate -> image_emb (B, D), text_emb (B, D), nll (R,).
+
+        nll: -log p_LLM of each row's target given its image and prompt, of any task: one pass over
+        each encoder and one over the LLM. text_emb is None without the sigmoid objective."""
+        image_emb, patches = self.encode_image(batch["image"], with_patches=True,
+                                               requires_grad=True)
+        text_emb = self.encode_text(batch["text"], requires_grad=True) if "text" in batch else None
+        if not len(batch["ids"]):                                  # no row asks the LLM
+            return image_emb, text_emb, image_emb.new_zeros(0)
+        visual = self.visual_tokens(patches)[batch["image_of_row"]]                # (R, V, H)
+        return image_emb, text_emb, self.nll(visual, batch["ids"], batch["is_target"])
 
     def visual_tokens(self, patches):
         """Patch tokens (B, P, D_v) -> visual tokens (B, V, H): attention pooling and projection."""
         return self.pooling(patches)
 
-    # ---- language model -------------------------------------------------------------------------
-
     def embed(self, visual, ids):
         """<bos>, visual tokens (R, V, H), then the ids (R, L) -> (R, 1 + V + L, H)."""
-        # the table scales by sqrt(H); visual tokens do not pass it
-        table = self.llm.get_input_embeddings()
+        # Gemma's embedding layer scales by sqrt(H); visual tokens do not pass it
+        embedding = self.llm.get_input_embeddings()
         bos = torch.full((len(ids), 1), self.llm_tokenizer.bos_token_id, device=ids.device)
-        return torch.cat([table(bos), visual, table(ids)], 1)
+        return torch.cat([embedding(bos), visual, embedding(ids)], 1)
 
-    def target_states(self, visual, ids, is_target):
-        """The LLM's states that predict the targets: visual (R, V, H), ids and is_target (R, L)
-        -> (N, H). The loss asks its head for the vocabulary at these alone.
+    def nll(self, visual, ids, is_target):
+        """-log p_LLM of the target tokens of each row, their mean. visual: (R, V, H), ids: (R, L)
+        prompt, target, padding; is_target: (R, L). Returns (R,).
 
-        Rows are padded on the right and the mask is causal, so no target sees padding. Rows of any
-        task share this one pass."""
-        decoder = self.llm.get_decoder()
+        Rows are padded on the right and the mask is causal, so no target sees padding. The head,
+        as wide as the vocabulary, is applied to the states that predict a target alone."""
+        decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
         hidden = decoder(inputs_embeds=self.embed(visual, ids), use_cache=False).last_hidden_state
-        hidden = hidden[:, visual.shape[1]:-1]                 # position before each id  (R, L, H)
-        return hidden[is_target]
+        hidden = hidden[:, visual.shape[1]:-1]                 # state before each id    (R, L, H)
+        return autoregressive_nll(hidden[is_target], head, ids, is_target)
 
-    def forward(self, batch):
-        """A batch of data.Collate -> image_emb (B, D), text_emb (B, D), target states (N, H).
+    # ---- answers --------------------------------------------------------------------------------
 
-        text_emb is None without the sigmoid objective, the states where no row asks the LLM."""
-        image_emb, patches = self.encode_image(batch["image"], with_patches=True)
-        text_emb = self.encode_text(batch["text"]) if "text" in batch else None
-        if not len(batch["ids"]):
-            return image_emb, text_emb, None
-        visual = self.visual_tokens(patches)[batch["image_of_row"]]                # (R, V, H)
-        return image_emb, text_emb, self.target_states(visual, batch["ids"], batch["is_target"])
+    @torch.no_grad()
+    def generate(self, visual, prompts, max_new_tokens=256, with_scores=False):
+        """Greedy, batched, KV-cached: visual (R, V, H) and R prompts -> R texts.
 
-    @torch.inference_mode()
-    def generate(self, visual, prompts, max_new_tokens=256):
-        """Greedy, batched, KV-cached: visual (R, V, H) and R prompts -> R texts."""
+        with_scores: also R floats, the geometric mean probability of the answer's tokens."""
         tokens = [data.prompt_ids(self.llm_tokenizer, prompt) for prompt in prompts]
-        length = max(map(len, tokens))
-        ids = torch.full((len(tokens), length), self.llm_tokenizer.pad_token_id,
-                         device=visual.device)
-        for row, prompt in zip(ids, tokens):
-            row[:len(prompt)] = torch.tensor(prompt)
-        embeds = self.embed(visual, ids)
-        padding = [length - len(prompt) for prompt in tokens]  # moved left, where it is masked
-        embeds = torch.stack([row.roll(n, 0) for row, n in zip(embeds, padding)])
+        pad, length = self.llm_tokenizer.pad_token_id, max(map(len, tokens))
+        ids = pad_sequence([torch.tensor(t, device=visual.device) for t in tokens],
+                           batch_first=True, padding_value=pad)
+        # visual tokens come first, so padding moves left of them, where it is masked
+        padding = [length - len(prompt) for prompt in tokens]
+        embeds = torch.stack([row.roll(n, 0)
+                              for row, n in zip(self.embed(visual, ids), padding)])
         mask = torch.arange(embeds.shape[1], device=visual.device) >= torch.tensor(
             padding, device=visual.device)[:, None]
         out = self.llm.generate(inputs_embeds=embeds, attention_mask=mask.long(), do_sample=False,
                                 top_k=None, top_p=None, max_new_tokens=max_new_tokens,
-                                eos_token_id=self.llm_tokenizer.eos_token_id,
-                                pad_token_id=self.llm_tokenizer.pad_token_id)
-        return self.llm_tokenizer.batch_decode(out, skip_special_tokens=True)
+                                eos_token_id=self.llm_tokenizer.eos_token_id, pad_token_id=pad)
+        texts = self.llm_tokenizer.batch_decode(out, skip_special_tokens=True)
+        return (texts, self.scores(visual, tokens, out)) if with_scores else texts
 
-    def ask(self, image, prompts, max_new_tokens=256):
+    def scores(self, visual, prompts, answers):
+        """exp(-nll) of each answer: (R, n) ids with padding behind <eos> -> R floats."""
+        eos = self.llm_tokenizer.eos_token_id
+        answers = [row[:row.index(eos) + 1] if eos in row else row for row in answers.tolist()]
+        rows = [torch.tensor(p + a, device=visual.device) for p, a in zip(prompts, answers)]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.llm_tokenizer.pad_token_id)
+        is_target = torch.zeros_like(ids, dtype=torch.bool)
+        for row, prompt, answer in zip(is_target, prompts, answers):
+            row[len(prompt):len(prompt) + len(answer)] = True
+        return [round(v, 4) for v in (-self.nll(visual, ids, is_target)).exp().tolist()]
+
+    @torch.no_grad()
+    def ask(self, image, prompts, max_new_tokens=256, with_scores=False):
         """Answers to several prompts on one image, which passes the vision tower once."""
-        with torch.inference_mode():
-            visual = self.visual_tokens(self.encode_image(image, with_patches=True)[1])
-            return self.generate(visual.expand(len(prompts), -1, -1), prompts, max_new_tokens)
+        visual = self.visual_tokens(self.encode_image(image, with_patches=True)[1])
+        return self.generate(visual.expand(len(prompts), -1, -1), prompts, max_new_tokens,
+                             with_scores)
 
     def report(self, image):
         """An image -> its report (Eq. 2)."""
         return self.ask(image, [data.CAPTIONING_PROMPT])[0]
 
-    def ground(self, image, phrases):
-        """An image and phrases -> the boxes of each (Eq. 3); none where the answer is malformed."""
-        prompts = [data.GROUNDING_PROMPT.format(phrase=phrase) for phrase in phrases]
-        return [data.text_to_boxes(answer)[0]
-                for answer in self.ask(image, prompts, ANSWER_TOKENS)]
+    def ground(self, image, phrases, with_scores=False):
+        """An image and phrases -> the boxes of each (Eq. 3), none where the answer is malformed;
+        a string is one phrase. with_scores: also the score of each answer.
+
+        The method never learns that a finding is not there, so almost any phrase gets boxes."""
+        prompts = [data.GROUNDING_PROMPT.format(phrase=phrase)
+                   for phrase in ([phrases] if isinstance(phrases, str) else phrases)]
+        answers, scores = self.ask(image, prompts, ANSWER_TOKENS, with_scores=True)
+        boxes = [data.text_to_boxes(answer)[0] for answer in answers]
+        return (boxes, scores) if with_scores else boxes
 
     def describe(self, image, boxes):
         """An image and boxes -> the sentence about that region (dense captioning)."""
         prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text(boxes))
         return self.ask(image, [prompt], ANSWER_TOKENS)[0]
 
-    @torch.inference_mode()
-    def heat_map(self, image, phrases):
-        """An image and n phrases -> (n, g, g): cosine of each phrase with each patch of the film.
-
-        The encoder's pooling head is shown one patch at a time; not in the paper."""
-        patches = self.encode_image(image, with_patches=True)[1][0]                # (P, D_v)
-        patch_emb = F.normalize(self.siglip.vision_model.head(patches[:, None]).float(), dim=-1)
-        side = round(len(patches) ** 0.5)
-        return (self.encode_text(phrases) @ patch_emb.T).view(-1, side, side)
-
     # ---- files ----------------------------------------------------------------------------------
 
     def saved_state(self):
         """What a run keeps: the tensors that train, and all of a part not loaded from elsewhere."""
         parts = ("siglip.", self.config.encoder), ("llm.", self.config.llm)
-        made = [name for name, source in parts if not source]
+        built = tuple(name for name, source in parts if not source)
         trains = {name for name, p in self.named_parameters() if p.requires_grad}
         return {name: tensor.detach().cpu().contiguous()
                 for name, tensor in self.state_dict().items()
-                if name in trains or name.startswith(tuple(made)) and "lm_head" not in name}
+                if name in trains or name.startswith(built) and "lm_head" not in name}
 
     def save_pretrained(self, folder):
-        """Write tokenizer/, model.safetensors and config.json, files to a temporary name first."""
+        """Write tokenizer/, model.safetensors and config.json, each file atomically.
+
+        Raises InputError if one cannot be written."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        drafts = folder / "tokenizer.tmp"
+        drafts = folder / f".tokenizer.{uuid.uuid4().hex[:8]}.tmp"
         try:
             self.llm_tokenizer.save_pretrained(drafts)
             self.text_tokenizer.save_pretrained(drafts / "text")
-            (folder / "tokenizer" / "text").mkdir(parents=True, exist_ok=True)
-            for draft in [path for path in drafts.rglob("*") if path.is_file()]:
-                os.replace(draft, folder / "tokenizer" / draft.relative_to(drafts))
+            for draft in drafts.rglob("*.*"):
+                write_file(folder / "tokenizer" / draft.relative_to(drafts),
+                           functools.partial(shutil.copyfile, draft))
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{folder}/tokenizer: cannot be written ({first_line(error)})")
         finally:
             shutil.rmtree(drafts, ignore_errors=True)
-        data.write_whole(folder / "model.safetensors", lambda draft: safe_save_file(
-            self.saved_state(), draft, metadata={"format": "pt"}))
-        data.write_json(folder / "config.json", dataclasses.asdict(self.config))
+        write_weights(folder / "model.safetensors", self.saved_state())
+        write_json(folder / "config.json", dataclasses.asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
-        """Read what save_pretrained wrote. Raises ModelError if it is not a run, or is damaged."""
+        """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
         folder = Path(folder)
-        config = read_config(folder)
-        tokenizers = [find_tokenizer(folder / "tokenizer" / "text"),
-                      find_tokenizer(folder / "tokenizer")]
-        if any(t is None or None in (t.eos_token_id, t.pad_token_id) for t in tokenizers):
-            raise ModelError(f"{folder}/tokenizer: no tokenizer to be read there; "
-                             "the run is incomplete")
+        config, places = read_config(folder), (folder / "tokenizer" / "text", folder / "tokenizer")
+        tokenizers = [find_tokenizer(place) for place in places]
         try:
             model = cls(config, build_encoder(config), build_llm(config), *tokenizers)
-        except ModelError:
+        except InputError:
             raise
-        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise ModelError(f"{folder}/config.json: no model can be built of it ({error!r}); "
-                             "was it edited?")
-        try:
-            state = load_safetensors(str(folder / "model.safetensors"))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{folder}/model.safetensors: cannot be read "
-                             f"({str(error).splitlines()[0]})")
-        wanted = model.saved_state()
-        wrong = [name for name in wanted.keys() | state.keys()
-                 if name not in state or name not in wanted
-                 or state[name].shape != wanted[name].shape]
-        if wrong:
-            raise ModelError(
-                f"{folder}/model.safetensors: {len(wrong)} tensors do not fit config.json, "
-                f"{min(wrong)} for one; it is a checkpoint of another model")
-        model.load_state_dict(state, strict=False)
+        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError,
+                AssertionError) as error:
+            raise InputError(f"{folder}/config.json: no model can be built from it "
+                             f"({first_line(error)}); was it edited?")
+        sizes = (model.siglip.config.text_config.vocab_size,
+                 model.llm.get_input_embeddings().num_embeddings)
+        for tokenizer, size, place in zip(tokenizers, sizes, places):
+            check_tokenizer(tokenizer, size, place)
+        check_tokenizer(tokenizers[1], sizes[1], places[1], needs_bos=True)
+        model.load_weights(folder / "model.safetensors")
+        model.source = str(folder)
         return model.to(device).eval()
+
+    def load_weights(self, path):
+        """Load model.safetensors. Raises InputError if it is damaged or of another model."""
+        state, expected = read_weights(path), self.saved_state()
+        wrong = [name for name in expected.keys() | state.keys()
+                 if name not in state or name not in expected
+                 or state[name].shape != expected[name].shape]
+        if wrong:
+            raise InputError(f"{path}: {len(wrong)} tensors do not fit config.json, such as "
+                             f"{min(wrong)}; it is a checkpoint of another model")
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{path}: {name} has a value that is not finite; the training "
+                                 "diverged or the file was edited: train again, or take a copy")
+        self.load_state_dict(state, strict=False)
+
+
+CHECKSUM = re.compile(rb'"crc32":"([0-9a-f]{8})"')              # in the header of our safetensors
+
+
+def write_weights(path, state):
+    """Write tensors to a safetensors file whose metadata hold a crc32 of all its other bytes."""
+    def write(draft):
+        try:
+            safe_save_file(state, draft, metadata={"format": "pt", "crc32": "0" * 8})
+        except SafetensorError as error:                       # a full disk
+            raise OSError(first_line(error))
+        content = bytearray(draft.read_bytes())
+        start = CHECKSUM.search(content).start(1)
+        content[start:start + 8] = b"%08x" % zlib.crc32(content)
+        draft.write_bytes(content)
+    write_file(path, write)
+
+
+def read_weights(path):
+    """Read what write_weights wrote -> {name: tensor}. Raises InputError if a byte differs."""
+    try:
+        content = bytearray(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); was the run stopped before "
+                         "its first checkpoint?")
+    found = CHECKSUM.search(content, 0, 1 << 20)
+    if found:
+        stored = int(found[1], 16)
+        content[found.start(1):found.end(1)] = b"0" * 8
+    if not found or zlib.crc32(content) != stored:
+        raise InputError(f"{path}: checksum mismatch, the file is damaged or was not written by "
+                         "this code; train again, or take a copy")
+    return load_safetensors(str(path))
+
+
+def is_run(folder):
+    """Whether a folder holds a run of train.py: a config.json with our keys."""
+    try:
+        return "n_queries" in json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_config(folder):
-    """config.json of a run folder -> Config. Raises ModelError."""
+    """config.json of a run folder -> Config. Raises InputError."""
     try:
         config = Config(**json.loads((Path(folder) / "config.json").read_text()))
     except (OSError, TypeError, ValueError):
-        raise ModelError(f"{folder}: not a run folder of train.py (no config.json of ours in it)")
+        raise InputError(f"{folder}: not a run folder of train.py (it has no config.json of ours); "
+                         "`python train.py` makes runs/phantom")
     for name, usual in dataclasses.asdict(PAPER).items():
         value = getattr(config, name)
         if isinstance(usual, (int, float)) and not isinstance(value, (int, float, type(None))):
-            raise ModelError(f"{folder}/config.json: {name} is {value!r}, wanted a number")
+            raise InputError(f"{folder}/config.json: {name} is {value!r}, expected a number")
     return config
 
 
+def check_tokenizer(tokenizer, vocab_size, place, needs_bos=False):
+    """Raise InputError unless a tokenizer is there, has its special tokens and fits the model."""
+    if tokenizer is None:
+        raise InputError(f"{place}: no tokenizer can be read there; the folder is incomplete")
+    for name in ("eos_token", "pad_token", *(["bos_token"] if needs_bos else [])):
+        if getattr(tokenizer, f"{name}_id") is None:
+            raise InputError(f"{place}: its {name} is missing; take the tokenizer that came with "
+                             "the model")
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(f"{place}: its largest id is {tokenizer.vocab_size - 1:,}, but the model "
+                         f"has {vocab_size:,} token embeddings; it is the tokenizer of another "
+                         "model")
+
+
+# ---- the commands -------------------------------------------------------------------------------
+
 def export(run, out):
-    """Merge LoRA into a plain SiglipModel folder, which transformers loads without this code."""
-    from transformers import SiglipImageProcessor              # speaks of torchvision as it loads
-    model = LoFi.from_pretrained(run)
-    siglip = model.siglip.merge_and_unload() if model.config.lora_rank else model.siglip
-    out = Path(out)
+    """Merge LoRA into a plain SiglipModel folder. Raises InputError."""
+    from transformers import SiglipImageProcessor
+    model, out = LoFi.from_pretrained(run), Path(out)
     if out.exists():
-        raise ModelError(f"{out}: exists already; name a new folder")
-    draft = out.with_name(out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    siglip.save_pretrained(draft)
-    model.text_tokenizer.save_pretrained(draft)
+        raise InputError(f"{out}: exists already; name a new folder")
+    draft = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     size = {"height": model.image_size, "width": model.image_size}
-    SiglipImageProcessor(size=size).save_pretrained(draft)
-    draft.rename(out)
-
-
-def answer(args):
-    """What a trained LoFi says about one film, as JSON: to phrases, to a box, or its report."""
-    model = LoFi.from_pretrained(args.run)
-    if args.box:
-        if problem := data.box_problem(args.box):
-            raise ModelError(f"--box {args.box}: {problem}")
-        return {"boxes": [args.box], "sentence": model.describe(args.image, [args.box])}
-    if not args.phrase:
-        return {"report": model.report(args.image)}
-    return [{"phrase": phrase, "boxes": boxes,
-             "sentence": model.describe(args.image, boxes) if boxes else ""}
-            for phrase, boxes in zip(args.phrase, model.ground(args.image, args.phrase))]
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        prog="model.py", description="Ask a trained LoFi about a film, or export its encoder.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("export", help=export.__doc__.splitlines()[0])
-    command.add_argument("run", help="run folder of train.py")
-    command.add_argument("out", help="folder to write: SiglipModel, tokenizer and image processor")
-    command = commands.add_parser(
-        "ask", help="JSON on stdout: the report of a film; with --phrase, the boxes of each phrase "
-        "and the sentence for them; with --box, the sentence about that region")
-    command.add_argument("run", help="run folder of train.py")
-    command.add_argument("image", help="a chest X-ray")
-    one = command.add_mutually_exclusive_group()
-    one.add_argument("--phrase", nargs="+", metavar="WORDS",
-                     help="findings to look for, each a sentence (Eq. 3)")
-    one.add_argument("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"),
-                     help="a region, as fractions of width and height (dense captioning)")
-    args = parser.parse_args()
     try:
-        if args.command == "ask":
-            print(json.dumps(answer(args)))
-            return
-        export(args.run, args.out)
-    except (ModelError, data.DataError) as error:
-        sys.exit(f"model.py: {error}")
+        siglip = model.siglip.merge_and_unload() if model.config.lora_rank else model.siglip
+        siglip.save_pretrained(draft)
+        model.text_tokenizer.save_pretrained(draft)
+        SiglipImageProcessor(size=size).save_pretrained(draft)
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def answer(run, image, phrases, box):
+    """What a trained LoFi answers about one image: to phrases, to a box, or its report."""
+    if box and (problem := box_problem(box)):
+        raise InputError(f"--box {box}: {problem}")
+    model = LoFi.from_pretrained(run)
+    if box:
+        prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text([box]))
+        [sentence], [score] = model.ask(image, [prompt], ANSWER_TOKENS, with_scores=True)
+        return {"boxes": [box], "sentence": sentence, "score": score}
+    if not phrases:
+        [report], [score] = model.ask(image, [data.CAPTIONING_PROMPT], with_scores=True)
+        return {"report": report, "score": score}
+    answers = []
+    for phrase, boxes, score in zip(phrases, *model.ground(image, phrases, with_scores=True)):
+        if not boxes:
+            print(f"no box predicted for {phrase!r}", file=sys.stderr)
+        answers.append({"phrase": phrase, "boxes": boxes, "score": score,
+                        "sentence": model.describe(image, boxes) if boxes else ""})
+    return answers
+
+
+def main(args=None):
+    args = args or parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if args.command == "ask":
+        print(json.dumps(answer(args.run, args.image, args.phrase, args.box)))
+        return
+    export(args.run, args.out)
     print(f"wrote {args.out}; load it with transformers.SiglipModel.from_pretrained({args.out!r})")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(ARGS)
+    except (InputError, OSError) as error:
+        sys.exit(f"model.py: {first_line(error)}")
