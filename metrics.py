@@ -2,28 +2,31 @@
 
     python metrics.py PREDICTIONS [...] [--json PATH] [--bootstrap N] [--by phrase]
 
-prints one row a predictions file, in percent, each value with its 95 % interval over images (here
-of the default run of train.py):
+prints one row for each predictions file, in percent, each value with its 95 % interval over
+images. An example, of the default run of train.py:
 
-    Model  Ro/L                  Ro/S                  F@0.5                 P@0.5         ...
+    Model                  Ro/L                  Ro/S                 F@0.5                 P@0.5
     lofi   93.62 [93.06, 94.14]  78.75 [78.06, 79.46]  60.93 [57.58, 64.31]  60.97 [57.62, 64.37]
 
-A predictions file has one query, that is one (image, phrase), a line (icl_ground.py writes it):
+A predictions file has one query, an image and a phrase, on each line (icl_ground.py writes it):
 
     {"image": "images/0001.png", "phrase": "The heart is enlarged.",
      "boxes": [[0.38, 0.51, 0.78, 0.84]], "pred": [[0.40, 0.50, 0.80, 0.85]],
-     "raw": "the model's reply", "malformed": false}
+     "raw": "the model's reply", "malformed": false, "score": 0.93}
 
-"boxes" are the wanted boxes, "pred" the predicted ones; either may be []. "raw" and "malformed"
-(the reply could not be read and counts as no boxes) may be missing.
+"boxes" are the true boxes, "pred" the predicted ones; either may be []. These may be missing:
+"raw", "malformed" (the reply could not be read and counts as no boxes) and "score" (how sure the
+model is, from 0 to 1).
 """
 
 import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 import uuid
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +62,7 @@ def write_file(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.touch()
-        mode = draft.stat().st_mode                              # the umask's, whatever write() sets
+        mode = draft.stat().st_mode                              # the umask's; write() may differ
         write(draft)
         draft.chmod(mode)
         os.replace(draft, path)
@@ -114,15 +117,14 @@ def format_table(rows):
 # ---- retrieval (Table 1) -------------------------------------------------------------------------
 
 def top_matches(ranked, query_ids, candidate_ids, k):
-    """(Q, min(k, C)) bool: has the candidate at this rank the query's own id?"""
+    """(Q, min(k, C)) bool: does the candidate at this rank have the query's own id?"""
     n_queries, n_ranks = len(query_ids), min(k, len(candidate_ids))
     if not n_queries or not n_ranks:
-        raise ValueError(f"retrieval wants at least one query and one candidate, found {n_queries} "
-                         f"and {len(candidate_ids)}")
+        raise InputError("retrieval expects at least one query and one candidate, got "
+                         f"{n_queries} and {len(candidate_ids)}")
     ranked = np.asarray(ranked)[:, :n_ranks]
     assert ranked.shape == (n_queries, n_ranks) and ranked.min() >= 0, f"ranked {ranked.shape}"
-    codes = np.unique(np.concatenate([query_ids, candidate_ids]), return_inverse=True)[1]
-    return codes[n_queries:][ranked] == codes[:n_queries, None]
+    return np.asarray(candidate_ids)[ranked] == np.asarray(query_ids)[:, None]
 
 
 def recall_at_k(ranked, query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
@@ -133,6 +135,19 @@ def recall_at_k(ranked, query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
     Queries a, b, candidates b, a, a, ranked [[0, 2, 1], [1, 0, 2]]: R@1 0.0, R@5 1.0."""
     match = top_matches(ranked, query_ids, candidate_ids, max(ks))
     return {f"R@{k}": float(match[:, :k].any(1).mean()) for k in ks}
+
+
+def chance_recall(query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
+    """The expected R@K of candidates in random order, the row "chance" beside Table 1.
+
+    A query that owns m of C candidates misses with all of its first K with probability
+    (C-m)/C * (C-m-1)/(C-1) * ..., K factors. Query a, candidates a, a, b: R@1 2/3, R@2 1."""
+    n = len(candidate_ids)
+    n_own = Counter(candidate_ids)
+    own = np.array([n_own[query] for query in query_ids])[:, None]          # (Q, 1)
+    left = n - np.arange(min(max(ks), n))                                   # (K,) not yet drawn
+    miss = np.cumprod((1 - own / left).clip(0), axis=1)                     # (Q, K)
+    return {f"R@{k}": float(1 - miss[:, min(k, n) - 1].mean()) for k in ks}
 
 
 def precision_at_k(ranked, query_labels, candidate_labels, ks=(1, 2, 5, 10)):
@@ -153,8 +168,9 @@ def auroc(scores, labels):
     negatives = np.sort(scores[~labels])
     if not labels.any() or not len(negatives):
         return float("nan")
-    below = [np.searchsorted(negatives, scores[labels], side) for side in ("left", "right")]
-    return float(np.mean(below) / len(negatives))
+    below = np.searchsorted(negatives, scores[labels], "left")
+    below_or_equal = np.searchsorted(negatives, scores[labels], "right")
+    return float((below + below_or_equal).mean() / 2 / len(negatives))
 
 
 # ---- boxes ---------------------------------------------------------------------------------------
@@ -181,16 +197,20 @@ def drop_degenerate(boxes):
 
 
 def as_boxes(boxes):
-    """List of boxes -> (N, 4) float. Boxes without area are dropped where a reply is read."""
+    """List of boxes -> (N, 4) float. They are checked where a file is read, and asserted here."""
     boxes = np.asarray(boxes, float).reshape(len(boxes), 4)
-    assert (boxes[:, :2] < boxes[:, 2:]).all(), f"wanted x0 < x1 and y0 < y1, found {boxes}"
+    assert (boxes[:, :2] < boxes[:, 2:]).all(), f"expected x0 < x1 and y0 < y1, got {boxes}"
     return boxes
+
+
+def area(low, high):
+    """Area between the corners (x0, y0) of low and (x1, y1) of high; 0 if they are swapped."""
+    return (high[..., 2:] - low[..., :2]).clip(0).prod(-1)
 
 
 def box_areas(a, b):
     """(N, 4), (M, 4) -> areas of intersection, union and enclosing box, (N, M) each."""
     a, b = as_boxes(a)[:, None], as_boxes(b)[None]                          # (N, 1, 4), (1, M, 4)
-    area = lambda low, high: (high[..., 2:] - low[..., :2]).clip(0).prod(-1)
     inter = area(np.maximum(a, b), np.minimum(a, b))                        # (N, M)
     hull = area(np.minimum(a, b), np.maximum(a, b))                         # (N, M)
     return inter, area(a, a) + area(b, b) - inter, hull
@@ -215,8 +235,8 @@ def box_giou(a, b):
 def contrast_to_noise_ratio(heat, boxes):
     """CNR = |mean inside - mean outside| / sqrt(var inside + var outside) (Boecking et al. 2022).
 
-    heat: (H, W) a phrase's heat map over the film; inside: pixels whose centre is in a box. Not in
-    the paper's tables. NaN where no pixel is inside, or none outside.
+    heat: (H, W) a phrase's heat map over the image; inside: pixels whose centre is in a box. Not
+    in the paper's tables. NaN where no pixel is inside, or none outside.
     [[1, 1], [1, 5]] and the lower half: |3 - 1| / sqrt(4 + 0) = 1."""
     heat = np.asarray(heat, float)
     y, x = ((np.arange(n) + 0.5) / n for n in heat.shape)
@@ -230,7 +250,7 @@ def contrast_to_noise_ratio(heat, boxes):
     return float(abs(a.mean() - b.mean()) / noise) if noise else 0.0
 
 
-# ---- one-to-one matching -------------------------------------------------------------------------
+# ---- one-to-one matching of a query's boxes ------------------------------------------------------
 
 def hungarian(cost):
     """Exact assignment: the min(N, M) one-to-one pairs of least total cost. Returns (rows, cols).
@@ -270,7 +290,7 @@ def match_count(pred, target, threshold=0.5):
     The rule is *not stated in the paper*. Greedy matching by IoU finds 1 where this finds 2: preds
     (.1, 0, .5, .4), (0, 0, .38, .4), targets (.05, 0, .45, .4), (.2, 0, .6, .4)."""
     hit = box_iou(pred, target) >= threshold - 1e-9              # an exact 1/2 survives rounding
-    return hit[hungarian(-hit.astype(float))].sum()
+    return int(hit[hungarian(-hit.astype(float))].sum())
 
 
 def matched_iou(pred, target):
@@ -295,79 +315,78 @@ def detection_outcome(pred, target):
     return (2 ** -(d ** 2).sum(1)).sum(), shape.sum()
 
 
-# ---- grounding (Tables 2 to 4): every score is a ratio of sums over queries ----------------------
+# ---- grounding (Tables 2 to 4): each score is a ratio of two sums over the queries ---------------
 
-def query_sums(preds, targets, threshold=0.5):
-    """(Q, 8), a query: TP, n_pred, n_gt, loc, shape, max(n_pred, n_gt), its mIoU, 1 if any box."""
-    def one(pred, target):
-        most = max(len(pred), len(target))
-        return (match_count(pred, target, threshold), len(pred), len(target),
-                *detection_outcome(pred, target), most,
-                matched_iou(pred, target) / max(most, 1), most > 0)
-    return np.array([one(*pair) for pair in zip(preds, targets, strict=True)], float).reshape(-1, 8)
+def total(values, weights=None):
+    """Sum of values (Q,) over the queries -> scalar. With weights (n, Q), how often each of n
+    resamples drew a query -> (n,)."""
+    return sum(values) if weights is None else weights @ np.asarray(values, float)
 
 
-def score(sums):
-    """Sums over queries, (..., 8) -> {metric: (...)}. All denominators are counts; 0 / 0 is 0."""
-    tp, n_pred, n_gt, loc, shape, most, iou, filled = np.moveaxis(sums, -1, 0)
-    ratio = lambda total, count: total / np.maximum(count, 1)
-    return {"Ro/L": ratio(loc, most), "Ro/S": ratio(shape, most),
-            "F@0.5": ratio(2 * tp, n_pred + n_gt), "P@0.5": ratio(tp, n_pred),
-            "R@0.5": ratio(tp, n_gt), "TP": tp, "n_pred": n_pred, "n_gt": n_gt,
-            "mIoU": ratio(iou, filled)}
+def ratio(value, count):
+    """value / count; 0 where nothing is counted, as then nothing is summed either."""
+    return value / np.maximum(count, 1)
 
 
-def totals(preds, targets, threshold=0.5):
-    """The scores of a whole set as Python int (counts) and float, which json can write."""
-    values = score(query_sums(preds, targets, threshold).sum(0))
-    return {key: int(v) if key in ("TP", "n_pred", "n_gt") else float(v)
-            for key, v in values.items()}
+def larger_counts(preds, targets):
+    """max(n_pred, n_gt) of each query: a missing box costs as much as one too many."""
+    return [max(len(pred), len(target)) for pred, target in zip(preds, targets, strict=True)]
 
 
-def precision_recall_f1(preds, targets, threshold=0.5):
+def precision_recall_f1(preds, targets, threshold=0.5, weights=None):
     """P = TP / n_pred, R = TP / n_gt, F = 2 P R / (P + R) = 2 TP / (n_pred + n_gt): micro.
 
     The printed rows of Tables 2 to 4 agree with sums over one pool of n_gt = 1521 boxes. Ours,
-    k=40: TP 376, n_pred 1447, so P .2598, R .2472, F .2534. The keys follow the threshold."""
-    values = totals(preds, targets, threshold)
-    return {key.replace("@0.5", f"@{threshold:g}"): values[key]
-            for key in ("F@0.5", "P@0.5", "R@0.5", "TP", "n_pred", "n_gt")}
+    k=40: TP 376, n_pred 1447, so P .2598, R .2472, F .2534. The keys follow the threshold.
+    weights: of the bootstrap (see total)."""
+    tp = total([match_count(*pair, threshold) for pair in zip(preds, targets, strict=True)],
+               weights)
+    n_pred = total([len(pred) for pred in preds], weights)
+    n_gt = total([len(target) for target in targets], weights)
+    return {f"F@{threshold:g}": ratio(2 * tp, n_pred + n_gt), f"P@{threshold:g}": ratio(tp, n_pred),
+            f"R@{threshold:g}": ratio(tp, n_gt), "TP": tp, "n_pred": n_pred, "n_gt": n_gt}
 
 
-def robust_detection_outcome(preds, targets):
+def robust_detection_outcome(preds, targets, weights=None):
     """Ro/L = sum over pairs loc / sum over queries max(n_pred, n_gt); Ro/S with shape (Eq. 5).
 
     Preds (0, 0, .4, .4), (.35, 0, .75, .4), targets (.2, 0, .6, .4), (.5, .1, .9, .5),
     (.1, .6, .3, .9): Ro/L .569854, Ro/S .666667."""
-    values = totals(preds, targets)
-    return {key: values[key] for key in ("Ro/L", "Ro/S")}
+    most = total(larger_counts(preds, targets), weights)
+    sums = np.array([detection_outcome(*pair) for pair in zip(preds, targets)]).reshape(-1, 2)
+    loc, shape = total(sums[:, 0], weights), total(sums[:, 1], weights)
+    return {"Ro/L": ratio(loc, most), "Ro/S": ratio(shape, most)}
 
 
-def mean_iou(preds, targets):
+def mean_iou(preds, targets, weights=None):
     """mIoU = mean over queries of matched_iou / max(n_pred, n_gt); both empty: left out.
 
     Not in the paper's tables. One box a side: the plain IoU. The boxes of match_count: .6667."""
-    return totals(preds, targets)["mIoU"]
+    most = np.array(larger_counts(preds, targets))
+    iou = np.array([matched_iou(*pair) for pair in zip(preds, targets)])
+    return ratio(total(iou / np.maximum(most, 1), weights), total(most > 0, weights))
 
 
-def grounding_metrics(rows):
-    """Predictions-file rows -> the "grounding" part of metrics.json: fractions, counts and mIoU."""
-    values = totals([row["pred"] for row in rows], [row["boxes"] for row in rows])
-    n_malformed = sum(bool(row.get("malformed")) for row in rows)
-    counts = {"n_queries": len(rows), "n_malformed": n_malformed, "mIoU": values.pop("mIoU")}
-    return values | counts
+def grounding_metrics(rows, weights=None):
+    """Predictions-file rows -> the "grounding" part of metrics.json: fractions, counts and mIoU.
+
+    weights: of the bootstrap (see total); each score is then (n,)."""
+    preds, targets = [row["pred"] for row in rows], [row["boxes"] for row in rows]
+    return {**robust_detection_outcome(preds, targets, weights),
+            **precision_recall_f1(preds, targets, weights=weights),
+            "n_queries": len(rows), "n_malformed": sum(bool(row.get("malformed")) for row in rows),
+            "mIoU": mean_iou(preds, targets, weights)}
 
 
 def bootstrap(rows, n=1000, seed=0):
     """{metric: (low, high)}: percentile 95 % intervals, n resamples of the IMAGES with replacement.
 
-    The phrases of an image share its film and are not independent, so they stay together."""
+    The phrases of an image share its pixels and are not independent, so they stay together."""
     images, image_of_row = np.unique([row["image"] for row in rows], return_inverse=True)
-    sums, rng = np.zeros((len(images), 8)), np.random.default_rng(seed)
-    np.add.at(sums, image_of_row, query_sums([row["pred"] for row in rows],
-                                             [row["boxes"] for row in rows]))   # (images, 8)
-    draw = lambda: np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images))
-    values = score(np.stack([draw() @ sums for _ in range(n)]))             # {metric: (n,)}
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(images), size=len(images)) for _ in range(n)]
+    times_drawn = np.stack([np.bincount(draw, minlength=len(images)) for draw in draws])
+    values = grounding_metrics(rows, times_drawn[:, image_of_row])          # {metric: (n,)}
     return {key: tuple(np.percentile(values[key], [2.5, 97.5]).tolist())
             for key in (*PERCENT, "mIoU")}
 
@@ -391,85 +410,101 @@ def phrase_prior(rows):
 
     A phrase seen: its median box (of several boxes, sorted by x0, y0, x1, y1, one per rank). Not
     seen: the one median box of all. Boxes at x0 .1, .2, .4 and x1 .6, .7, .9: x0 .2, x1 .7."""
-    seen = {}                                                    # phrase -> its occurrences
-    for region in (region for row in rows for region in row.get("regions") or []):
-        seen.setdefault(region["phrase"], []).append(sorted(map(tuple, region["boxes"])))
-    every = [box for occurrences in seen.values() for boxes in occurrences for box in boxes]
+    occurrences = defaultdict(list)                              # phrase -> its lists of boxes
+    for row in rows:
+        for region in row.get("regions") or []:
+            occurrences[region["phrase"]].append(sorted(map(tuple, region["boxes"])))
+    every = [box for lists in occurrences.values() for boxes in lists for box in boxes]
     if not every:
-        raise ValueError('the phrase prior wants training rows with "regions", found no box')
-    medians = {phrase: rank_medians(occurrences) for phrase, occurrences in seen.items()}
+        raise InputError('the phrase prior expects training rows with "regions", got no box')
+    medians = {phrase: rank_medians(lists) for phrase, lists in occurrences.items()}
     typical = [np.median(every, axis=0).tolist()]
-    return lambda phrase: [list(box) for box in medians.get(phrase) or typical]
+
+    def predict(phrase):
+        return [list(box) for box in medians.get(phrase) or typical]
+    return predict
 
 
 # ---- the predictions file ------------------------------------------------------------------------
 
-def check_row(row, where):
-    """One line at the door: keys, types, boxes. where: "file:line", for the ValueError."""
+ROW_KEYS = {"image": str, "phrase": str, "boxes": list, "pred": list, "malformed": bool}
+
+
+def row_problem(row):
+    """What is invalid about a row of a predictions file, in words; None if it is valid."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: found {row!r:.60}, wanted a JSON object (see --help)")
-    row.setdefault("malformed", False)
-    for key, kind in dict(image=str, phrase=str, boxes=list, pred=list, malformed=bool).items():
+        return f"got {row!r:.60}, expected a JSON object (see --help)"
+    for key, kind in ROW_KEYS.items():
         if not isinstance(row.get(key), kind):
-            found = f"{row[key]!r:.60}" if key in row else "nothing"
-            raise ValueError(f'{where}: found {found} for "{key}", wanted a {kind.__name__}')
+            got = f"{row[key]!r:.60}" if key in row else "nothing"
+            return f'got {got} for "{key}", expected a {kind.__name__}'
+    if type(row.get("score")) not in (int, float, type(None)):
+        return f'got {row["score"]!r:.60} for "score", expected a number'
     for box in row["boxes"] + row["pred"]:
-        four = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)
-        if not four or not all(-1e-6 <= low < high <= 1 + 1e-6              # NaN fails as well
-                               for low, high in (box[::2], box[1::2])):
-            raise ValueError(f"{where}: found the box {box!r:.80}, wanted [x0, y0, x1, y1], "
-                             "x0 < x1, y0 < y1, as fractions (0 to 1) of width and height")
+        if problem := box_problem(box):
+            return (f"the box {box!r:.80} {problem}; expected [x0, y0, x1, y1] as fractions of the "
+                    "image's width and height")
+    return None
 
 
 def read_predictions(path):
-    """JSON lines -> checked rows; a wrong line raises ValueError "file:line: found ..."."""
+    """Predictions file -> its rows, checked. Raises InputError "file:line: ..." for the first
+    invalid line; boxes of almost no area are dropped."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file, wanted one that icl_ground.py --out writes")
+        raise InputError(f"{path}: no such file, expected one that icl_ground.py --out writes")
     rows, lines = [], Path(path).read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             cut = "; was its writer stopped? Delete the line" if number == len(lines) else ""
-            raise ValueError(f"{path}:{number}: found {str(line[:40])[1:]}, wanted a whole JSON "
+            raise InputError(f"{path}:{number}: got {str(line[:40])[1:]}, expected a whole JSON "
                              f"object on the line{cut}") from None
-        check_row(rows[-1], f"{path}:{number}")
+        if isinstance(row, dict):
+            row.setdefault("malformed", False)
+        if problem := row_problem(row):
+            raise InputError(f"{path}:{number}: {problem}")
+        rows.append({**row, "boxes": drop_degenerate(row["boxes"]),
+                     "pred": drop_degenerate(row["pred"])})
     if not rows:
-        raise ValueError(f"{path}: found an empty file, wanted one JSON object a line (see --help)")
+        raise InputError(f"{path}: is empty, expected one JSON object on each line (see --help)")
     return rows
 
 
 # ---- command line --------------------------------------------------------------------------------
 
-def format_table(results):
-    """{model: {"grounding": .., "intervals": ..}} -> rows of Tables 2 to 4, percent [low, high]."""
+def grounding_table(results):
+    """{model: {"grounding": .., "intervals": ..}} -> Tables 2 to 4 as text, percent [low, high].
+
+    "intervals" may be missing."""
     def cell(result, key):
-        low_high = ", ".join(f"{100 * x:.2f}" for x in result.get("intervals", {}).get(key, ()))
-        return f"{100 * result['grounding'][key]:.2f}" + (f" [{low_high}]" if low_high else "")
-    table = [("Model", *PERCENT)]
-    table += [(model, *(cell(result, key) for key in PERCENT)) for model, result in results.items()]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+        value = f"{100 * result['grounding'][key]:.2f}"
+        if "intervals" not in result:
+            return value
+        low, high = result["intervals"][key]
+        return f"{value} [{100 * low:.2f}, {100 * high:.2f}]"
+    return format_table([("Model", *PERCENT), *(
+        (model, *(cell(result, key) for key in PERCENT)) for model, result in results.items())])
 
 
-def format_phrases(rows, least=5, n=10):
+def phrase_table(rows, least=5, n=10):
     """The n worst and n best phrases by mIoU, of those with boxes in at least `least` queries."""
-    groups = {}
+    groups = defaultdict(list)
     for row in rows:
         if row["boxes"] or row["pred"]:
-            groups.setdefault(row["phrase"], []).append(row)
+            groups[row["phrase"]].append(row)
     scores = {phrase: grounding_metrics(group) for phrase, group in groups.items()
               if len(group) >= least}
-    order = sorted(scores, key=lambda phrase: scores[phrase]["mIoU"])
-    def line(phrase):
-        miou, f, count = (scores[phrase][key] for key in ("mIoU", "F@0.5", "n_queries"))
-        return f"{100 * miou:6.2f}  {100 * f:6.2f}  {count:7}  {phrase}"
-    return "\n".join([f"{len(order)} of {len(groups)} phrases occur at least {least} times",
-                      "  mIoU   F@0.5  queries  worst first", *map(line, order[:n]),
-                      "  mIoU   F@0.5  queries  best first", *map(line, order[n:][:-n - 1:-1])])
+    table = [(phrase, f"{100 * score['mIoU']:.2f}", f"{100 * score['F@0.5']:.2f}",
+              str(score["n_queries"]))
+             for phrase, score in sorted(scores.items(), key=lambda item: item[1]["mIoU"])]
+    if len(table) > 2 * n:
+        table = table[:n] + [("...", "", "", "")] + table[-n:]
+    return (f"{len(scores)} of {len(groups)} phrases occur at least {least} times; worst first\n"
+            + format_table([("phrase", "mIoU", "F@0.5", "queries"), *table]))
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -485,36 +520,40 @@ def main():
         help="also list the ten worst and ten best phrases by mIoU, of those that occur at least "
              "five times (default: not listed; not in the paper)")
     args = parser.parse_args()
-
     if args.bootstrap < 0:
-        raise ValueError(f"--bootstrap: found {args.bootstrap}, wanted a number of resamples, or 0")
-    if args.json and (not args.json.parent.is_dir() or args.json.is_dir()
-                      or args.json.resolve() in [path.resolve() for path in args.predictions]):
-        raise ValueError(f"--json: found {args.json}, wanted another file, in a folder that exists")
-    stems = [path.stem for path in args.predictions]
-    models = stems if len(set(stems)) == len(stems) else map(str, args.predictions)
-    files = {model: read_predictions(path) for model, path in zip(models, args.predictions)}
+        parser.error(f"--bootstrap: got {args.bootstrap}, expected a number of resamples, or 0")
+    return args
 
-    results = {model: {"grounding": grounding_metrics(rows)} for model, rows in files.items()}
-    for model in files if args.bootstrap else ():
-        results[model]["intervals"] = bootstrap(files[model], args.bootstrap)
-    print(format_table(results), end="\n\n")
-    for model, rows in files.items():
-        print("{}: {n_queries} queries, {n_malformed} malformed; {TP} of {n_pred} predicted boxes "
-              "match, {n_gt} wanted; mIoU {mIoU:.2%}".format(model, **results[model]["grounding"]))
-        if args.by:
-            print(format_phrases(rows), end="\n\n")
+
+def main():
+    args = parse_args()
     if args.json:
-        part = args.json.with_name(args.json.name + ".tmp")      # renamed when it is whole
-        written = results if len(results) > 1 else results[model]
-        part.write_text(json.dumps(written, indent=2) + "\n")
-        os.replace(part, args.json)
-    print("next: python", "icl_ground.py --image IMAGE --phrase PHRASE" if args.by
-          else f"metrics.py {args.predictions[0]} --by phrase")
+        check_output(args.json, args.predictions)
+    names = [path.stem for path in args.predictions]
+    if len(set(names)) < len(names):                             # one/p.jsonl two/p.jsonl
+        names = [str(path) for path in args.predictions]
+    files = {name: read_predictions(path) for name, path in zip(names, args.predictions)}
+
+    results = {}
+    for name, rows in files.items():
+        results[name] = {"grounding": grounding_metrics(rows)}
+        if args.bootstrap:
+            results[name]["intervals"] = bootstrap(rows, args.bootstrap)
+
+    print(grounding_table(results), end="\n\n")
+    for name, rows in files.items():
+        print("{}: {n_queries} queries, {n_malformed} malformed; {TP} of {n_pred} predicted and of "
+              "{n_gt} true boxes match; mIoU {mIoU:.2%}".format(name, **results[name]["grounding"]))
+        if args.by:
+            print(phrase_table(rows), end="\n\n")
+    if args.json:
+        write_json(args.json, results if len(results) > 1 else results[names[0]])
+    if not args.by:
+        print(f"Next: python metrics.py {shlex.quote(str(args.predictions[0]))} --by phrase")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"metrics.py: {error}")
+    except (InputError, OSError) as error:
+        sys.exit(f"metrics.py: {first_line(error)}")

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,18 @@ def test_recall_by_hand_in_both_directions():
     assert to_image == {"R@1": pytest.approx(2 / 3), "R@2": 1.0}
 
 
+def test_chance_recall_is_the_mean_over_all_orders():
+    """Guards: drawing with replacement; m / C for a query with several texts; K larger than C."""
+    queries, candidates = ["a", "b", "c", "none"], ["a", "b", "a", "c", "a"]
+    orders = list(itertools.permutations(range(5)))
+    drawn = [metrics.recall_at_k([order] * 4, queries, candidates, (1, 2, 3, 9))
+             for order in orders]
+    values = metrics.chance_recall(queries, candidates, (1, 2, 3, 9))
+    assert values == {key: pytest.approx(np.mean([one[key] for one in drawn])) for key in drawn[0]}
+    one_each = metrics.chance_recall(np.arange(400), np.arange(400))
+    assert one_each == {f"R@{k}": pytest.approx(k / 400) for k in (1, 5, 10, 20, 40)}
+
+
 def test_recall_without_queries_is_one_clear_error():
     """Guards against the mean of nothing: NaN and a warning instead of a reason."""
     for queries, candidates in (([], ["a"]), (["a"], [])):
@@ -101,7 +114,7 @@ def test_iou_and_giou_by_hand():
 @pytest.mark.parametrize("boxes", [[[.5, .5, .2, .6]], [[.1, .1, .1, .2]], [[0, 0, np.nan, 1]]])
 def test_boxes_without_area_stop_the_program(boxes):
     """Guards against swapped corners or NaN scored as a quiet 0, or as a negative area."""
-    with pytest.raises(AssertionError, match="wanted x0 < x1"):
+    with pytest.raises(AssertionError, match="expected x0 < x1"):
         metrics.box_iou(boxes, [LEFT])
 
 
@@ -165,7 +178,9 @@ def test_threshold_is_used_and_named():
 
 def test_the_printed_row_of_table_2():
     """Guards against another pooling: TP 376, n_pred 1447, n_gt 1521 print as 25.34 25.98 24.72."""
-    values = metrics.score(np.array([376, 1447, 1521, 0, 0, 0, 0, 0.]))
+    preds, targets = [[LEFT]] * 1447 + [[]] * 74, [[LEFT]] * 376 + [[RIGHT]] * 1145
+    values = metrics.precision_recall_f1(preds, targets)
+    assert (values["TP"], values["n_pred"], values["n_gt"]) == (376, 1447, 1521)
     assert [f"{100 * values[key]:.2f}" for key in ("F@0.5", "P@0.5", "R@0.5")] \
         == ["25.34", "25.98", "24.72"]
 
@@ -274,19 +289,19 @@ def test_prior_by_hand():
     assert predict("heart") == [[.2, .5, .6, .9]]                # the caller's copy
 
 
-@pytest.mark.parametrize("counts, wanted", [
+@pytest.mark.parametrize("counts, expected", [
     ([1, 1, 2], 1), ([1, 2], 2), ([1, 2, 3], 2), ([0, 0, 1], 1)])
-def test_prior_predicts_the_usual_number_of_boxes(counts, wanted):
+def test_prior_predicts_the_usual_number_of_boxes(counts, expected):
     """Guards against a rank that few occurrences have, which would cost precision; never none."""
     boxes = [[.1, .1, .2, .2], [.4, .4, .5, .5], [.7, .7, .8, .8]]
     rows = [{"regions": [{"phrase": "nodules", "boxes": boxes[:n]}]} for n in counts]
-    assert metrics.phrase_prior(rows)("nodules") == [pytest.approx(box) for box in boxes[:wanted]]
+    assert metrics.phrase_prior(rows)("nodules") == [pytest.approx(box) for box in boxes[:expected]]
 
 
 def test_prior_without_boxes_is_one_clear_error():
     """Guards against a median of nothing, reported later and elsewhere as NaN boxes."""
     for rows in ([], [{"report": "Normal."}], [{"regions": [{"phrase": "a", "boxes": []}]}]):
-        with pytest.raises(ValueError, match="found no box"):
+        with pytest.raises(ValueError, match="got no box"):
             metrics.phrase_prior(rows)
 
 
@@ -315,31 +330,33 @@ def test_read_predictions_returns_the_rows(tmp_path):
 @pytest.mark.parametrize("change, found", [
     ({"pred": [[10, 20, 300, 400]]}, r"\[10, 20, 300, 400\]"),              # pixels
     ({"pred": [[.5, .5, .2, .2]]}, r"\[0.5, 0.5, 0.2, 0.2\]"),              # x, y, w, h
-    ({"boxes": [[.1, .1, .1, .2]]}, "found the box"),                       # no area
-    ({"boxes": [[.1, .1, .2]]}, "found the box"),
-    ({"boxes": [.1, .1, .2, .2]}, "found the box 0.1"),                     # a list too few
+    ({"boxes": [[.1, .1, .1, .2]]}, "the box"),                       # no area
+    ({"boxes": [[.1, .1, .2]]}, "the box"),
+    ({"boxes": [.1, .1, .2, .2]}, "the box 0.1"),                     # a list too few
     ({"pred": [[.1, .1, .2, float("nan")]]}, "nan"),
     ({"pred": [[.1, .1, float("inf"), .2]]}, "inf"),
     ({"pred": [[0, 0, 1, True]]}, "True"),
-    ({"pred": [["0", "0", "1", "1"]]}, "found the box"),
+    ({"pred": [["0", "0", "1", "1"]]}, "the box"),
     ({"pred": None}, 'None for "pred"'),
     ({"image": 3}, '3 for "image"'),
     ({"malformed": "false"}, "'false' for \"malformed\""),
+    ({"score": "high"}, "'high' for \"score\""),
+    ({"score": True}, "True for \"score\""),
 ])
 def test_a_wrong_row_is_named(tmp_path, change, found):
     """Guards against boxes in another format scored as misses, and errors without file and line."""
     path = write(tmp_path / "p.jsonl", [row(), row() | change])
-    with pytest.raises(ValueError, match=rf"p\.jsonl:2: found .*wanted") as error:
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: .*expected") as error:
         metrics.read_predictions(path)
     assert error.match(found) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "empty file"),
-    (json.dumps(row()) + "\n" + json.dumps(row())[:50], r":2: found .*writer stopped"),
-    (json.dumps(row())[:50] + "\n" + json.dumps(row()), ":1: found .*object on the line$"),
-    ("[1, 2]\n", r":1: found \[1, 2\], wanted a JSON object"),
-    ('{"image": "a.png"}\n', ':1: found nothing for "phrase"'),
+    ("", "is empty"),
+    (json.dumps(row()) + "\n" + json.dumps(row())[:50], r":2: got .*writer stopped"),
+    (json.dumps(row())[:50] + "\n" + json.dumps(row()), ":1: got .*object on the line$"),
+    ("[1, 2]\n", r":1: got \[1, 2\], expected a JSON object"),
+    ('{"image": "a.png"}\n', ':1: got nothing for "phrase"'),
 ])
 def test_a_damaged_file_is_named(tmp_path, text, message):
     """Guards against a run killed while writing: scored without its last query, or a traceback."""
@@ -347,6 +364,38 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         metrics.read_predictions(path)
+
+
+def test_a_score_is_kept_and_a_box_of_no_area_is_not(tmp_path):
+    """Guards: rows with a score refused; a box of 1e-300 counted as a prediction."""
+    given = row(pred=(LEFT, [.1, .1, .1 + 1e-9, .5])) | {"score": 0.75}
+    path = write(tmp_path / "p.jsonl", [given, row() | {"score": 1}])
+    first, second = metrics.read_predictions(path)
+    assert (first["score"], second["score"]) == (0.75, 1) and first["pred"] == [LEFT]
+
+
+def test_scripts_score_with_the_named_functions(monkeypatch, tmp_path, capsys):
+    """Guards: a second copy of a formula: the functions that the README names are not the ones
+    that the command and the bootstrap run."""
+    path = write(tmp_path / "p.jsonl", [row(f"{i}.png") for i in range(3)])
+    monkeypatch.setattr(sys, "argv", ["metrics.py", str(path), "--bootstrap", "20"])
+
+    def printed():
+        metrics.main()
+        return capsys.readouterr().out
+    assert "100.00 [100.00, 100.00]" in printed()
+    monkeypatch.setattr(metrics, "ratio", lambda value, count: 0.5 + 0 * value)
+    assert printed().count("50.00 [50.00, 50.00]") == len(metrics.PERCENT)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["metrics.py", str(path), "--bootstrap", "0"])
+    for name in ("precision_recall_f1", "robust_detection_outcome"):
+        with monkeypatch.context() as patch:
+            named = getattr(metrics, name)
+            patch.setattr(metrics, name, lambda *args, **options: dict.fromkeys(
+                named(*args, **options), 0.25))
+            assert "25.00" in printed(), name
+    monkeypatch.setattr(metrics, "mean_iou", lambda *_: 0.125)
+    assert "mIoU 12.50%" in printed()
 
 
 def test_command_prints_the_table_and_writes_json(tmp_path):
@@ -376,31 +425,34 @@ def test_command_with_several_files_and_phrases(tmp_path):
                cwd=tmp_path)
     assert done.returncode == 0 and "[" not in done.stdout
     assert list(json.loads((tmp_path / "o.json").read_text())) == ["one/p.jsonl", "two/p.jsonl"]
-    assert done.stdout.index("  0.00    0.00        5  bad phrase") \
-        < done.stdout.index("100.00  100.00        5  good phrase")
+    listed = [line.split() for line in done.stdout.splitlines() if " phrase " in line]
+    assert listed[:2] == [["bad", "phrase", "0.00", "0.00", "5"],
+                          ["good", "phrase", "100.00", "100.00", "5"]]
     assert "0 of 2 phrases occur at least 5 times" in done.stdout
 
 
 def test_worst_and_best_phrases_are_ten_each():
-    """Guards against the same phrase listed as worst and best, and a best list upside down."""
+    """Guards against the same phrase listed as worst and best, and a list upside down."""
     def shrunk(k):
         return [.1, .1, .1 + .03 * k, .5]
     rows = [row(f"{i}.png", f"p{k:02}", boxes=(shrunk(30),), pred=(shrunk(k),))
             for k in range(1, 26) for i in range(5)]
-    listed = [line.split()[-1] for line in metrics.format_phrases(rows).splitlines()
-              if " p" in line[24:]]
-    assert listed == [f"p{k:02}" for k in (*range(1, 11), *range(25, 15, -1))]
+    listed = [line.split()[0] for line in metrics.phrase_table(rows).splitlines()[2:]]
+    assert listed == [f"p{k:02}" for k in range(1, 11)] + ["..."] + [f"p{k}" for k in range(16, 26)]
+    listed = [line.split()[0] for line in metrics.phrase_table(rows[:100]).splitlines()[2:]]
+    assert listed == [f"p{k:02}" for k in range(1, 21)]
 
 
 @pytest.mark.parametrize("arguments", [
     ("none.jsonl",), ("bad.jsonl",), ("good.jsonl", "cut.jsonl"),
-    ("good.jsonl", "--bootstrap", "-1"), ("good.jsonl", "--json", "none/o.json"),
-    ("good.jsonl", "--json", "good.jsonl"), (".",)])
+    ("good.jsonl", "--json", "."), ("good.jsonl", "--json", "good.jsonl"),
+    ("good.jsonl", "--json", "link.json"), (".",)])
 def test_user_mistakes_are_one_line(tmp_path, arguments):
     """Guards against tracebacks, exit status 0, half-written results and overwritten input."""
     write(tmp_path / "good.jsonl", [row()])
     write(tmp_path / "bad.jsonl", [row(pred=([1, 2, 3, 4],))])
     (tmp_path / "cut.jsonl").write_text(json.dumps(row())[:-9])
+    (tmp_path / "link.json").symlink_to("good.jsonl")
     before = {path: path.read_text() for path in tmp_path.iterdir()}
     json_flag = () if "--json" in arguments else ("--json", "o.json")
     done = run(*arguments, *json_flag, cwd=tmp_path)
@@ -409,12 +461,21 @@ def test_user_mistakes_are_one_line(tmp_path, arguments):
     assert {path: path.read_text() for path in tmp_path.iterdir()} == before
 
 
+def test_help_and_a_wrong_flag_answer_at_once(tmp_path):
+    """Guards: seconds of imports before a usage error."""
+    for arguments in (["--help"], ["p.jsonl", "--bootstrap", "-1"], ["p.jsonl", "--wrong"]):
+        start = time.perf_counter()
+        done = run(*arguments, cwd=tmp_path)
+        assert time.perf_counter() - start < 1.5 and (done.returncode == 0) == ("--help" in arguments)
+        assert "Traceback" not in done.stderr
+
+
 def test_help_is_the_manual(tmp_path):
     """Guards against an option without an explanation or default, and a stray % in argparse."""
     text = " ".join(run("--help", cwd=tmp_path).stdout.split())
-    for wanted in ("--json PATH", "--bootstrap N", "--by {phrase}", "default: 1000", '"boxes"',
+    for expected in ("--json PATH", "--bootstrap N", "--by {phrase}", "default: 1000", '"boxes"',
                    "95 % intervals"):
-        assert wanted in text
+        assert expected in text
 
 
 def test_auroc_is_the_share_of_ordered_pairs():
