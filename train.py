@@ -1,52 +1,23 @@
 """Train LoFi (Sec. 2.0.1 and 2.0.4), then evaluate retrieval (Table 1) and grounding (Table 4).
 
-    python train.py                       # the paper in miniature: phantom films, small towers, CPU
+    python train.py                       # the paper in miniature: drawn X-rays, small towers, CPU
     python train.py --data PATH           # the paper's setting on a manifest (see data.py)
     python train.py --data PATH --init runs/NAME --objectives g        # fine-tune, Table 4
     torchrun --nproc_per_node=4 train.py --data PATH                   # 4 GPUs, or CPU processes
 
-You will see a bar with the four losses, then R@K both ways and the grounding row beside the phrase
-prior. The run folder holds config.json, model.safetensors, tokenizer/, trainer.pt, log.jsonl (a
-line a step) and metrics.json.
+You will see a bar with the four losses, then R@K both ways beside chance, and the grounding row
+beside the phrase prior. The run folder holds config.json, model.safetensors, tokenizer/, trainer.pt
+(for --resume), log.jsonl (a line a step), curve.png, metrics.json and README.md, a model card.
 """
 
 import argparse
-import atexit
-import dataclasses
-import itertools
-import json
 import math
-import os
-import pickle
-import shutil
-import signal
 import sys
-import tempfile
-import time
-from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-from transformers import logging as transformers_logging
+from metrics import InputError, first_line
 
-import data
-import losses
-import metrics
-from model import (ANSWER_TOKENS, PHANTOM, PRESETS, TINY, LoFi, ModelError, SafetensorError,
-                   find_device)
+# ---- arguments: before the imports that take seconds, so that --help answers at once -------------
 
-transformers_logging.set_verbosity_error()
-
-LOSSES = ("loss", "sigmoid", "captioning", "grounding", "dense_captioning")      # as in log.jsonl
-TRAINER_KEYS = {"step", "settings", "weights", "optimizer", "scaler", "rng"}       # of trainer.pt
-DAMAGED = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError,
-           pickle.UnpicklingError)      # what torch.load raises on bytes that it did not write
-MAX_SKIPPED = 5                         # steps in a row without a finite loss, then the run stops
-
-
-# ---- arguments ----------------------------------------------------------------------------------
 
 def parse_args():
     parser = argparse.ArgumentParser(
@@ -55,9 +26,9 @@ def parse_args():
         "(without --data).")
     group = parser.add_argument_group("data and files")
     group.add_argument("--data", metavar="PATH", help="folder with manifest.jsonl, or that file "
-                       "(default: phantom films, drawn into runs/phantom_data)")
+                       "(default: a phantom, drawn X-rays, made in runs/phantom_data)")
     group.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/NAME of "
-                       "the data); an older run there is moved aside, never overwritten")
+                       "the data); an older run there is renamed, anything else is refused")
     group.add_argument("--resume", action="store_true",
                        help="go on from the last checkpoint in --out, with the same flags")
     group.add_argument("--init", metavar="RUN", help="start from the weights of a run folder "
@@ -66,8 +37,8 @@ def parse_args():
                        "images instead of stopping at the first")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--preset", choices=PRESETS, help="paper: SigLIP 2 400M, Gemma 3 270M, "
-                       "LoRA; tiny: small towers from scratch (default: paper with --data; "
+    group.add_argument("--preset", choices=["paper", "tiny"], help="paper: SigLIP 2 400M, Gemma 3 "
+                       "270M, LoRA; tiny: small towers from scratch (default: paper with --data; "
                        "without, tiny as PHANTOM changes it)")
     group.add_argument("--encoder", metavar="ID", help="SigLIP-family model id or folder (preset)")
     group.add_argument("--llm", metavar="ID", help="Gemma 3 text model id or folder (preset)")
@@ -77,17 +48,18 @@ def parse_args():
 
     group = parser.add_argument_group("objective and schedule")
     group.add_argument("--objectives", default="scgd", metavar="LETTERS", help="s sigmoid (Eq. 1), "
-                       "c captioning (Eq. 2), g grounding (Eq. 3), d dense captioning; Fig. 4 "
-                       "drops gd, then cgd; Table 4 fine-tunes with g (default: %(default)s)")
+                       "c captioning (Eq. 2), g grounding (Eq. 3), d dense captioning; an image "
+                       "draws c twice as often as g or d, where it has boxes (scg: 2/3 and 1/3); "
+                       "Fig. 4 drops gd, then cgd; Table 4 trains g alone (default: %(default)s)")
     group.add_argument("--lambda", dest="lam", type=float, metavar="X", help="weight of the "
-                       "autoregressive loss (preset; paper: 5, Fig. 4e)")
+                       "autoregressive loss, 0 or more (preset; paper: 5, Fig. 4e)")
     group.add_argument("--epochs", type=int, metavar="N", help="passes over the training split "
                        "(preset; paper: 10; tiny: by --steps)")
     group.add_argument("--steps", type=int, metavar="N",
                        help="optimizer steps; with --epochs, whichever ends first (preset)")
     group.add_argument("--batch-size", type=int, metavar="B",
-                       help="images a step and process (preset; paper: 16; tiny: 48, phantom: 32, "
-                       "both fewer on a set with less than 6 batches of that)")
+                       help="images a step and process (preset; paper: 16; the tiny preset takes "
+                       "fewer on a set of less than 6 such batches)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: "
                        "gradients are averaged over N batches of B images; the sigmoid loss stays "
                        "within a batch (default: 1)")
@@ -95,7 +67,7 @@ def parse_args():
                        "cosine to 0 (preset; paper: 3e-4)")
     group.add_argument("--augment", type=float, metavar="X", help="strength of crop, brightness "
                        "and contrast, boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of "
-                       "the film; not in the paper (preset: tiny 0.65, paper and phantom 0)")
+                       "the image; not in the paper (preset: paper and phantom 0)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -107,10 +79,10 @@ def parse_args():
     group.add_argument("--compile", action="store_true", help="compile the layers of towers and "
                        "LLM by torch.compile: minutes at the start, then faster steps")
     group.add_argument("--workers", type=int, metavar="N", help="processes that decode images "
-                       "(default: 1 if the preset keeps decoded films in memory, else one a core, "
+                       "(default: 1 if the preset keeps decoded images in memory, else one a core, "
                        "at most 4)")
-    group.add_argument("--save-every", type=int, default=500, metavar="N",
-                       help="steps between checkpoints (default: %(default)s)")
+    group.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between "
+                       "checkpoints, each with the losses on val (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0,
                        help="of weights, order and draws (default: %(default)s)")
     group.add_argument("--dry-run", action="store_true", help="check the data, build the model, "
@@ -118,69 +90,64 @@ def parse_args():
     return parser.parse_args()
 
 
-# ---- helpers of the loop ------------------------------------------------------------------------
-
-class TrainError(ValueError):
-    """The run cannot start or go on; the message is one line that says what to do."""
-
-
-def catch_signals(last=False):
-    """Note SIGTERM and Ctrl-C instead of dying -> the list that they are put into; a second one
-    interrupts at once. last: as they were."""
-    asked = []
-
-    def note(number, _):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-    for number, usual in ((signal.SIGTERM, signal.SIG_DFL),
-                          (signal.SIGINT, signal.default_int_handler)):
-        signal.signal(number, usual if last else note)
-    return asked
-
-
-def leave_signals(_):
-    """In a worker process: Ctrl-C is for the main process, which still wants this step's batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+RANGES = {"epochs": (1, 1e6), "steps": (1, 1e9), "batch_size": (1, 1e6), "accumulate": (1, 1e4),
+          "save_every": (1, 1e9), "lr": (1e-12, 1), "lam": (0, 1e6), "augment": (0, 1),
+          "seed": (0, 2 ** 32 - 1), "workers": (0, 256)}
 
 
 def check_args(args):
-    """Flags that cannot be, before anything is read. Raises TrainError."""
+    """Reject invalid flags before anything is read. Raises InputError."""
     if not args.objectives or set(args.objectives) - set("scgd"):
-        raise TrainError(f"--objectives {args.objectives!r}: wanted letters of s, c, g, d")
-    for name in ("epochs", "steps", "batch_size", "accumulate", "save_every", "lr"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise TrainError(f"--{name.replace('_', '-')} {getattr(args, name)}: "
-                             "wanted more than 0")
+        raise InputError(f"--objectives {args.objectives!r}: expected letters of s, c, g, d")
+    for name, (low, high) in RANGES.items():
+        value, flag = getattr(args, name), "lambda" if name == "lam" else name.replace("_", "-")
+        if value is not None and not low <= value <= high:     # NaN compares as False
+            raise InputError(f"--{flag} {value}: expected {low:g} to {high:g}")
     if args.init and (args.encoder or args.llm or args.random_init):
-        raise TrainError("--init brings its own encoder and LLM: leave out --encoder, --llm and "
+        raise InputError("--init brings its own encoder and LLM: leave out --encoder, --llm and "
                          "--random-init")
 
 
-def batches_per_epoch(n_rows, batch_size, world=1):
-    """The last one may be short, but has an image for each process."""
-    return n_rows // batch_size + (n_rows % batch_size >= world)
+ARGS = parse_args() if __name__ == "__main__" else None
+
+# ruff: noqa: E402
+import atexit
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+from transformers import logging as transformers_logging
+
+import data
+import icl_ground
+import metrics
+import retrieve
+from losses import (TASKS, captioning_loss, dense_captioning_loss, grounding_loss, sigmoid_loss,
+                    total_loss)
+from model import PHANTOM, PRESETS, TINY, LoFi, find_device, join_processes, say
+
+LOSSES = ("loss", "sigmoid", "captioning", "grounding", "dense_captioning")      # as in log.jsonl
+MAX_SKIPPED = 5                         # steps in a row without a finite loss, then the run stops
 
 
-def batches(n_rows, batch_size, seed, first, last, rank=0, world=1):
-    """Keys (epoch, i) of the batches first..last-1; each epoch is a new order of all rows.
-
-    batch_size counts the images of all processes; each takes its own part of them."""
-    per_epoch, order = batches_per_epoch(n_rows, batch_size, world), None
-    for number in range(first, last):
-        epoch, place = divmod(number, per_epoch)
-        if order is None or place == 0:
-            order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-        batch = order[place * batch_size:(place + 1) * batch_size]
-        yield [(epoch, int(i)) for i in np.array_split(batch, world)[rank]]
-
-
-def images_per_step(args, config, n_rows, world=1):
-    """Of all processes, before --accumulate: config.batch_size each, or what the rows allow."""
-    most = n_rows if args.batch_size else max(world, n_rows // config.min_batches)
-    return min(config.batch_size * world, most)
-
+# ---- schedule, precision, optimizer -------------------------------------------------------------
 
 def learning_rate(step, steps, config):
     """Linear warm-up, then cosine annealing to 0 (Sec. 2.0.4); step counts from 0."""
@@ -198,7 +165,7 @@ def choose_precision(name, device):
     return torch.float32
 
 
-def build_optimizer(model, config):
+def build_optimizers(model, config):
     """AdamW; matrices decay, vectors and scalars do not; text tower, t' and b may have rates of
     their own. eps is above the rounding of gradients that are zero (a key's bias has no effect)."""
     groups = {}
@@ -207,22 +174,97 @@ def build_optimizer(model, config):
             rate = (config.scale_lr if "logit_" in name else
                     config.text_lr if "text_model" in name else 1.0)
             groups.setdefault((p.ndim >= 2, rate), []).append(p)
-    return torch.optim.AdamW(
+    return [torch.optim.AdamW(
         [{"params": params, "weight_decay": config.weight_decay if decays else 0.0, "rate": rate}
          for (decays, rate), params in groups.items()], lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
-        fused=True)
+        fused=True)]
 
 
-def join_processes(device):
-    """-> (rank, number of processes) that torchrun started; (0, 1) without it."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")                     # one process prints and writes
-    return dist.get_rank(), dist.get_world_size()
+# ---- batches ------------------------------------------------------------------------------------
+
+def batches_per_epoch(n_rows, batch_size, objectives, world=1):
+    """The last one may be short, but has an image for each process, and a negative for Eq. 1."""
+    least = max(world, 2 if "s" in objectives and batch_size > 1 else 1)
+    return n_rows // batch_size + (n_rows % batch_size >= least)
+
+
+def batches(n_rows, batch_size, per_epoch, seed, first, last, rank=0, world=1):
+    """Keys (epoch, i) of the batches first..last-1; each epoch is a new order of all rows.
+
+    batch_size counts the images of all processes; each takes its own part of them."""
+    order = None
+    for number in range(first, last):
+        epoch, place = divmod(number, per_epoch)
+        if order is None or place == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+        batch = order[place * batch_size:(place + 1) * batch_size]
+        yield [(epoch, int(i)) for i in np.array_split(batch, world)[rank]]
+
+
+def images_per_step(config, given, n_rows, objectives, world):
+    """Images of a batch over all processes: config.batch_size each, or fewer on a small set.
+
+    given: --batch-size. The sigmoid loss learns from negatives, so a batch shrinks to 8 images at
+    most. Raises InputError if there are fewer rows than processes, or no negatives at all."""
+    if n_rows < world or n_rows < 2 and "s" in objectives:
+        raise InputError(f"{n_rows} training images for {world} processes; expected one each, and "
+                         "two for the sigmoid loss, which learns from negatives")
+    wanted, least = config.batch_size * world, min(8, n_rows) if "s" in objectives else 1
+    most = n_rows if given else max(world, least, n_rows // config.min_batches)
+    if most < wanted:
+        say(f"steps of {most} images instead of {wanted}: the training split has {n_rows}"
+            + ("" if given else f", and an epoch should have {config.min_batches} batches"))
+    elif wanted == 1 and "s" in objectives:
+        say("note: a step of 1 image has no negatives for the sigmoid loss")
+    return min(wanted, most)
+
+
+def ignore_signals(_):
+    """In a worker: the main process handles signals; it still needs this step's batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def set_rate(optimizers, rate):
+    """The learning rate of this step, times each parameter group's own share."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * rate
+
+
+def to_device(batch, device):
+    """Tensors of a batch, moved without waiting (images stay uint8 until they are there)."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+            for k, v in batch.items()}
+
+
+# ---- several processes: every one computes the losses of the global batch -----------------------
+
+class Gather(torch.autograd.Function):
+    """Rows of all processes, in the order of their ranks. Each process computes the same loss from
+    them, so its own rows' gradient is complete; times the number of processes, as average_gradients
+    divides by it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        counts = [torch.zeros(1, dtype=torch.long, device=x.device)
+                  for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+        counts, rank = [int(n) for n in counts], dist.get_rank()
+        parts = [x.new_empty(max(counts), *x.shape[1:]) for _ in counts]
+        padding = x.new_zeros(max(counts) - len(x), *x.shape[1:])
+        dist.all_gather(parts, torch.cat([x, padding]))
+        ctx.own = slice(sum(counts[:rank]), sum(counts[:rank + 1]))
+        return torch.cat([part[:n] for part, n in zip(parts, counts)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return dist.get_world_size() * gradient[ctx.own]
+
+
+def gather(x):
+    """Rows (any number each) of all processes."""
+    return Gather.apply(x) if dist.is_initialized() else x
 
 
 def over_processes(x, op="SUM"):
@@ -232,260 +274,399 @@ def over_processes(x, op="SUM"):
     return x
 
 
-def add_gradients(parameters):
-    """Sum the gradients over the processes, as the shares of the loss want; None stays where no
-    process has one.
+def average_gradients(parameters):
+    """Average the gradients over the processes; None stays where no process has one.
 
-    One call after the backward pass, not DistributedDataParallel's hooks within it: a process may
-    have drawn no LLM row, and the texts' gradient is gathered within too, so the order of calls
-    could differ between processes. Only LoRA and new layers train: there is little to overlap."""
+    One call after the backward pass instead of DistributedDataParallel's hooks within it: only LoRA
+    and new layers train, so there is little to overlap."""
     if not dist.is_initialized():
         return
     has = over_processes(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int,
                                       device=parameters[0].device), "MAX")
     used = [p for p, n in zip(parameters, has.tolist()) if n]
     flat = over_processes(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                                     for p in used]))
+                                     for p in used])) / dist.get_world_size()
     for p, gradient in zip(used, flat.split([p.numel() for p in used])):
         p.grad = gradient.view_as(p)
 
 
-def to_device(batch, device):
-    """Tensors of a batch, moved without waiting (images stay uint8 until they are there)."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-            for k, v in batch.items()}
+# ---- what can go wrong in a step ----------------------------------------------------------------
+
+class Guard:
+    """Signals, unreadable images, and losses that are not finite; asked once a step.
+
+    It notes SIGTERM and Ctrl-C, to stop after the step; a second Ctrl-C interrupts at once."""
+
+    def __init__(self, device, skip_bad_images):
+        self.device, self.skip_bad_images = device, skip_bad_images
+        self.signal, self.bad, self.skipped, self.in_a_row = 0, [], 0, 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, _):
+        # torchrun passes a signal on that the whole process group has received already
+        if number == self.signal == signal.SIGINT and not dist.is_initialized():
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def stop(self):
+        """The signal that one of the processes received, or 0."""
+        return int(over_processes(torch.tensor(self.signal, device=self.device), "MAX"))
+
+    def readable(self, batch):
+        """Whether every process has an image in its batch. Raises InputError for the first image
+        that cannot be read, unless such images are skipped."""
+        self.bad += batch["bad"]
+        if self.bad and not self.skip_bad_images:
+            raise InputError(f"{self.bad[0]}; --skip-bad-images leaves such images out")
+        return bool(over_processes(torch.tensor(len(batch["image"]), device=self.device), "MIN"))
+
+    def may_step(self, step, parts, norm, scaler, paths):
+        """Whether loss and gradient are finite (a gradient scaler takes care of its own overflow).
+
+        Raises InputError after MAX_SKIPPED steps in a row that were not, or without an image."""
+        if not parts:
+            raise InputError(f"step {step + 1}: no image of the batch could be read; the last: "
+                             f"{self.bad[-1] if self.bad else 'of another process'}")
+        if torch.stack(parts)[:, 0].isfinite().all() and (scaler.is_enabled() or norm.isfinite()):
+            self.in_a_row = 0
+            return True
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row == MAX_SKIPPED:
+            raise InputError(f"step {step + 1}: no finite loss or gradient in {MAX_SKIPPED} steps; "
+                             "lower --lr, or look at this step's images: " + " ".join(paths))
+        return False
+
+    def end(self, steps):
+        """Restore the signals and print what was left out. Raises InputError if the training
+        diverged: its last steps were skipped, or more than half of them."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        every = [self.bad]
+        if dist.is_initialized():
+            every = [None] * dist.get_world_size()
+            dist.all_gather_object(every, self.bad)
+        if bad := sum(every, []):
+            say(f"{len(bad)} times an image could not be read and was left out, "
+                f"{len(set(bad))} different ones:\n" + "\n".join(sorted(set(bad))[:10]))
+        if self.skipped:
+            say(f"skipped {self.skipped} steps: their loss or gradient was not finite")
+        if self.in_a_row or 2 * self.skipped > steps:
+            raise InputError(f"{self.skipped} of {steps} steps were skipped, {self.in_a_row} of "
+                             "them at the end: the training diverged, and its last weights are not "
+                             "saved or scored; lower --lr and train again")
 
 
-def step_losses(model, batch, objectives, lam, precision):
-    """One forward pass -> L_t and [L_t, L_s, L_c, L_g, L_d] in the order of LOSSES; NaN: not
-    drawn. With several processes: one's own share of L_t, which adds up to that of all, and the
-    losses over the images of all."""
-    device = batch["image"].device
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        image_emb, text_emb, hidden = model(batch)
-        nll = torch.zeros(0, device=device)
-        if hidden is not None:
-            nll = losses.autoregressive_nll(hidden, model.llm.get_output_embeddings(),
-                                            batch["ids"], batch["is_target"])
-    l_s = 0 * image_emb.float().sum()                          # a batch may ask nothing at all
-    if text_emb is not None:
-        text_emb, first = losses.gather(text_emb)
-        l_s = losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
-                                  model.siglip.logit_bias, first)
-    every_nll, _ = losses.gather(nll.detach())
-    every_task, _ = losses.gather(batch["task_of_row"])
-    l_c = losses.captioning_loss(every_nll, every_task)
-    l_g = losses.grounding_loss(every_nll, every_task)
-    l_d = losses.dense_captioning_loss(every_nll, every_task)
-    loss = losses.total_loss(l_s, nll, lam, len(every_nll))
-    l_t, l_s = over_processes(torch.stack([loss, l_s]).detach())
-    return loss, torch.stack([l_t, l_s if "s" in objectives else l_s * torch.nan, l_c, l_g, l_d])
+# ---- the run folder -----------------------------------------------------------------------------
+
+RUN_FILES = {"config.json", "model.safetensors", "tokenizer", "trainer.pt", "log.jsonl",
+             "curve.png", "metrics.json", "README.md", "embeddings"}
 
 
-def save_run(out, model, optimizer, scaler, step, settings):
-    """The model's files, then trainer.pt: all that --resume needs, whole or the one before.
+def run_folder(out, path, resume):
+    """--out, or runs/NAME of the data -> the run folder, before anything is written.
 
-    It holds the weights that train, optimizer, scaler, RNG, step and settings. Raises TrainError if
-    the disk is full."""
+    Raises InputError unless it is new, empty, or a run of ours that nobody is writing."""
+    path = Path(path).resolve()
+    name = "phantom" if path == Path("runs/phantom_data").resolve() else (
+        path.name if path.is_dir() else path.parent.name)
+    out = Path(out or f"runs/{name}")
+    log = out / "log.jsonl"
+    if resume and not log.exists():
+        raise InputError(f"{out}: no run to resume, it has no log.jsonl; start without --resume")
+    if out.is_file():
+        raise InputError(f"{out}: is a file; --out takes a folder")
+    files = {p.name for p in out.iterdir() if not p.name.endswith(".tmp")} if out.exists() else ()
+    if files and not resume:
+        if log.name not in files or not files & {"config.json", "trainer.pt"} or files - RUN_FILES:
+            raise InputError(f"{out}: holds files that are not of a run, such as "
+                             f"{min(files - RUN_FILES or files)}; name a new folder with --out")
+        if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise InputError(f"{out}: is the working folder, which cannot be renamed; name a new "
+                             "folder with --out")
+    if log.exists():
+        metrics.lock(log).close()                              # is another process writing it?
+    return out
+
+
+def start_run(out, config):
+    """Make the run folder -> its locked log.jsonl; an older run there becomes OUT.1, OUT.2, ..."""
+    if out.exists() and any(out.iterdir()):
+        older = next(p for n in count(1) if not (p := out.with_name(f"{out.name}.{n}")).exists())
+        out.rename(older)
+        say(f"renamed the older run {out} to {older}")
+    out.mkdir(parents=True, exist_ok=True)
+    log = metrics.lock(out / "log.jsonl")
+    metrics.write_json(out / "config.json", dataclasses.asdict(config))
+    return log
+
+
+def resume_log(out, step):
+    """The locked log.jsonl, without the lines that were written after the last checkpoint."""
+    log = metrics.lock(out / "log.jsonl")
+    lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)[:step]
+    log.truncate(sum(map(len, lines)))
+    return log
+
+
+def save_run(out, model, optimizers, scaler, step, settings):
+    """The model's files, then trainer.pt: all that --resume needs, written atomically.
+
+    It holds the weights that train, optimizers, scaler, RNG, step and settings. Raises
+    InputError."""
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = {"step": step, "settings": settings, "weights": weights,
-             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-             "rng": torch.get_rng_state()}
+             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+             "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
     try:
         model.save_pretrained(out)
-        data.write_whole(out / "trainer.pt", lambda draft: torch.save(state, draft))
-    except (OSError, data.DataError, SafetensorError) as error:
+        metrics.write_file(out / "trainer.pt", lambda draft: torch.save(state, draft))
+        metrics.write_file(out / "curve.png",
+                           lambda draft: draw_curves(out / "log.jsonl").save(draft, "PNG"))
+    except InputError as error:
         kept = "its last good checkpoint is kept" if (out / "trainer.pt").exists() else "none yet"
-        raise TrainError(f"{out}: step {step} cannot be saved ({str(error).splitlines()[0]}); "
-                         f"{kept}; make room on the disk, then add --resume")
+        raise InputError(f"step {step} cannot be saved ({error}); {kept}; then add --resume")
 
 
-def load_trainer(path, model, optimizer, scaler, settings):
-    """Restore what save_run wrote -> the step to go on from. Raises TrainError."""
+def load_trainer(path, model, optimizers, scaler, settings):
+    """Restore what save_run wrote -> the step to go on from. Raises InputError."""
     try:
+        with zipfile.ZipFile(path) as archive:                 # torch.load checks no checksum
+            if broken := archive.testzip():
+                raise ValueError(f"checksum mismatch in {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrainError(f"{path}: damaged checkpoint ({reason}); start anew with another --out")
-    if not isinstance(state, dict) or set(state) != TRAINER_KEYS \
-            or set(state["settings"]) != set(settings):
-        raise TrainError(f"{path}: not a checkpoint of this train.py; start anew with another "
-                         "--out")
-    other = {k: v for k, v in state["settings"].items() if v != settings[k]}
-    if other:
-        raise TrainError(f"{path}: was trained with {other}, "
-                         f"now {({k: settings[k] for k in other})}; "
-                         "resume with the same flags, or start anew with another --out")
-    model.load_state_dict(state["weights"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    return state["step"]
+        differ = {k: v for k, v in state["settings"].items()
+                  if k != "data" and v != settings.get(k)}
+        if differ:
+            raise InputError(f"{path}: was trained with {differ}, now "
+                             f"{({k: settings.get(k) for k in differ})}; resume with the same "
+                             "flags, data and number of processes, or train anew in another --out")
+        model.load_state_dict(state["weights"], strict=False)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        return state["step"]
+    except InputError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+            NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: damaged, or not a checkpoint of this train.py "
+                         f"({first_line(error)}); train anew in another --out")
+
+
+# ---- the losses while it trains -----------------------------------------------------------------
+
+def mean_of_task(losses, task):
+    """L_c, L_g, L_d, shares of one mean over the rows -> each as a mean over its own rows, for the
+    log; NaN where no row drew the task."""
+    share = [(task == tau).float().mean() for tau in range(len(TASKS))]
+    return [loss / part for loss, part in zip(losses, share)]
+
+
+def log_values(losses, objectives):
+    """A tensor in the order of LOSSES -> {name: float, or None if it was not drawn}."""
+    values = {name: round(v, 6) if math.isfinite(v) else None
+              for name, v in zip(LOSSES, losses.tolist())}
+    return values if "s" in objectives else {**values, "sigmoid": None}
+
+
+@torch.no_grad()
+def validate(model, val_batches, objectives, lam):
+    """The losses over the batches of the val split, as log_values gives them."""
+    sigmoid, nlls, tasks = [], [], []
+    for batch in val_batches:
+        batch = to_device(batch, model.device)
+        image_emb, text_emb, nll = model(batch)
+        if "s" in objectives:
+            t, b = model.siglip.logit_scale.exp(), model.siglip.logit_bias
+            sigmoid.append(sigmoid_loss(image_emb, text_emb, t, b))
+        nlls.append(nll)
+        tasks.append(batch["task_of_row"])
+    nll, task = torch.cat(nlls), torch.cat(tasks)
+    l_s = torch.stack(sigmoid).mean() if sigmoid else nll.new_zeros(())
+    l_c, l_g, l_d = (loss(nll, task) for loss in
+                     (captioning_loss, grounding_loss, dense_captioning_loss))
+    loss = total_loss(l_s, l_c, l_g, l_d, lam)
+    return log_values(torch.stack([loss, l_s, *mean_of_task((l_c, l_g, l_d), task)]), objectives)
+
+
+def draw_curves(log, w=420, h=300):
+    """log.jsonl -> a picture of the four losses by step: train as a line, val as dots."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    sheet = Image.new("RGB", (2 * w, 2 * h), "white")
+    pen, font, n_bins = ImageDraw.Draw(sheet), ImageFont.load_default(13), 100
+    for panel, name in enumerate(LOSSES[1:]):
+        left, top = panel % 2 * w + 50, panel // 2 * h + 34
+        train = [(line["step"], line[name]) for line in lines if line[name] is not None]
+        val = [(line["step"], line["val"][name]) for line in lines
+               if "val" in line and line["val"][name] is not None]
+        train = [np.mean(some, 0) for some in np.array_split(train, min(len(train), n_bins) or 1)
+                 if len(some)]                                 # steps in bins, their means
+        high = max([value for _, value in [*train, *val]], default=1) or 1
+        points = [[(left + (w - 70) * step / lines[-1]["step"], top + (h - 70) * (1 - value / high))
+                   for step, value in some] for some in (train, val)]
+        pen.rectangle((left, top, left + w - 70, top + h - 70), outline="#cccccc")
+        pen.text((left, top - 22), f"{name.replace('_', ' ')}: train (line), val (dots)", "black",
+                 font)
+        pen.text((left - 6, top), f"{high:.1f}", "black", font, anchor="rm")
+        pen.text((left - 6, top + h - 70), "0", "black", font, anchor="rm")
+        pen.text((left + w - 70, top + h - 60), f"step {lines[-1]['step']:,}", "black", font,
+                 anchor="ra")
+        pen.line(points[0], "#1f77b4", 2)
+        for x, y in points[1]:
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), "#d62728")
+    return sheet
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
 
-def best_first(queries, pool, k):
-    """Unit vectors (Q, D) and (N, D) -> (Q, min(k, N)) indices of the best, ties by lower index.
-
-    On a grid of 2^-26 float64 holds every product exactly, on any machine, as in retrieve.py."""
-    queries, pool = ((x * 2.0 ** 26).round().double() for x in (queries, pool))
-    order = (queries @ pool.T).sort(dim=1, descending=True, stable=True).indices
-    return order[:, :k].cpu().numpy()
-
-
-@torch.inference_mode()
-def evaluate(model, rows, prior, batch_size=64):
-    """Table 1 and a row of Table 4 on manifest rows -> the parts of metrics.json.
+@torch.no_grad()
+def evaluate(model, rows, training_rows, batch_size=64):
+    """Table 1 and a row of Table 4, printed -> (the parts of metrics.json, R@K by chance).
 
     Retrieval: five-sentence sub-reports, one image a study (Sec. 3.1). Grounding: by LoFi's own
-    decoder, each boxed phrase of each image; beside it the phrase prior."""
-    image_emb, predictions = [], []
-    for start in tqdm(range(0, len(rows), batch_size), "evaluate", unit="batch"):
-        chunk = rows[start:start + batch_size]
-        emb, patches = model.encode_image([row["path"] for row in chunk], with_patches=True)
-        image_emb.append(emb)
-        queries = [(i, region) for i, row in enumerate(chunk)
-                   for region in row["regions"] if region["boxes"]]
-        visual = model.visual_tokens(patches)
-        for first in range(0, len(queries), 2 * batch_size):
-            some = queries[first:first + 2 * batch_size]
-            prompts = [data.GROUNDING_PROMPT.format(phrase=region["phrase"]) for _, region in some]
-            answers = model.generate(visual[[i for i, _ in some]], prompts, ANSWER_TOKENS)
-            for (i, region), answer in zip(some, answers):
-                boxes, malformed = data.text_to_boxes(answer)
-                predictions.append({"image": chunk[i]["image"], "phrase": region["phrase"],
-                                    "boxes": region["boxes"], "pred": boxes, "raw": answer,
-                                    "malformed": malformed})
-    return {**retrieval(model, rows, torch.cat(image_emb)), **grounding(predictions, prior)}
+    decoder, each boxed phrase of each image; beside it the phrase prior of the training rows."""
+    results, chance, paths = {"n_images": len(rows)}, {}, [row["path"] for row in rows]
+    table = data.sub_report_table(rows)
+    if table[1]:
+        image_emb = torch.cat([model.encode_image(paths[i:i + batch_size])
+                               for i in range(0, len(paths), batch_size)]).cpu()
+        results |= retrieve.table_1(model, table, image_emb)
+        print(f"\nretrieval over {len(table[0])} test images and {len(table[1])} sub-reports, %")
+        chance = retrieve.chance(table)
+        retrieve.print_table_1({"LoFi": results}, chance)
+    if predictions := icl_ground.lofi_predictions(model, rows):
+        results["grounding"] = metrics.grounding_metrics(predictions)
+        prior = icl_ground.prior_rows(predictions, training_rows)
+        if prior:
+            results["prior"] = metrics.grounding_metrics(prior)
+        print(f"\ngrounding of {len(predictions)} test phrases, %")
+        icl_ground.print_grounding({"LoFi": results["grounding"],
+                                    "phrase prior": results.get("prior")})
+    return results, chance
 
 
-def retrieval(model, rows, image_emb, batch_size=256):
-    """Table 1: R@K image-to-text and text-to-image -> {"i2t": .., "t2i": ..}."""
-    images, texts, owner = data.sub_report_table(rows)
-    if not texts:
-        return {}
-    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}    # equal texts tie exactly
-    once = torch.cat([model.encode_text(list(place)[i:i + batch_size])
-                      for i in range(0, len(place), batch_size)])
-    films, texts = image_emb[images], once[[place[text] for text in texts]]
-    every = np.arange(len(images))
-    return {"i2t": metrics.recall_at_k(best_first(films, texts, 40), every, owner),
-            "t2i": metrics.recall_at_k(best_first(texts, films, 40), owner, every)}
+MODEL_CARD = """\
+# {name}
+
+LoFi (arXiv 2603.19451): location-aware fine-grained representation learning for chest X-rays.
+A research model, not a medical device: not for clinical use.
+
+* data: `{data}`, {n_rows:,} training images
+* training: {steps:,} steps of {batch_size} images, objectives `{objectives}`
+* command: `{command}`
+* code: commit {commit}
+
+Scores on {n_images} images of the test split, in percent:
+
+{scores}
+
+    from model import LoFi
+    model = LoFi.from_pretrained("{out}")
+    boxes = model.ground("x.png", ["The heart is enlarged."])
+    report = model.report("x.png")
+
+LoFi is never taught that a finding is not there: it answers almost any phrase with boxes.
+"""
 
 
-def grounding(predictions, prior):
-    """A row of Table 4, and the same row for the phrase prior, if there is one -> {"grounding": ..,
-    "prior": ..}."""
-    if not predictions:
-        return {}
-    results = {"grounding": metrics.grounding_metrics(predictions)}
-    if prior:
-        by_prior = [{**p, "pred": prior(p["phrase"]), "malformed": False} for p in predictions]
-        results["prior"] = metrics.grounding_metrics(by_prior)
-    return results
+def model_card(out, settings, results, chance, n_rows):
+    """The README.md of a run folder: what it is, how it was made, its scores beside baselines."""
+    git = shutil.which("git") and subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    scores = [("", "LoFi", "baseline")]
+    for part, names, baseline in (("i2t", ("R@1", "R@10"), chance.get("i2t")),
+                                  ("t2i", ("R@1", "R@10"), chance.get("t2i")),
+                                  ("grounding", metrics.PERCENT, results.get("prior"))):
+        for name in names if part in results else ():
+            scores.append((f"{part} {name}", f"{100 * results[part][name]:.2f}",
+                           f"{100 * baseline[name]:.2f}" if baseline else "-"))
+    return MODEL_CARD.format(
+        name=out.name, out=out, n_rows=n_rows, n_images=results.get("n_images", 0),
+        commit=git.stdout.strip() if git and git.returncode == 0 else "unknown",
+        command=shlex.join(["python", *sys.argv]), data=settings["data"], steps=settings["steps"],
+        batch_size=settings["batch-size"], objectives=settings["objectives"],
+        scores="\n".join("    " + line for line in metrics.format_table(scores).splitlines()))
 
 
-def print_results(results):
-    """The tables of metrics.json, in the paper's columns, percent."""
-    if "i2t" in results:
-        print(f"\nretrieval over {results['n_images']} test images, %")
-        print(f"{'':16}" + "".join(f"{k:>8}" for k in results["i2t"]))
-        for key, name in (("i2t", "image-to-text"), ("t2i", "text-to-image")):
-            print(f"{name:16}" + "".join(f"{100 * v:8.2f}" for v in results[key].values()))
-    if "grounding" in results:
-        print(f"\ngrounding of {results['grounding']['n_queries']} test phrases, %")
-        table = {"LoFi": results["grounding"], "phrase prior": results.get("prior")}
-        print(metrics.format_table({name: {"grounding": row}
-                                    for name, row in table.items() if row}))
+def finish_run(out, model, split, settings, began, random):
+    """Evaluate on the test split, write metrics.json and README.md, print the next commands."""
+    results, chance, test = {}, {}, split["test"]
+    if random:
+        print("not evaluated: with --random-init the frozen towers are random")
+    elif not test:
+        print("not evaluated: the data have no test split")
+    else:
+        results, chance = evaluate(model.eval(), test, split["train"])
+    metrics.write_json(out / "metrics.json",
+                       {**results, "seconds": round(time.time() - began, 1)})
+    card = model_card(out, settings, results, chance, len(split["train"]))
+    metrics.write_file(out / "README.md", lambda draft: draft.write_text(card))
+    print(f"\n{time.time() - began:.0f} s in all. Next:")
+    boxed = [(row["path"], region["phrase"]) for row in test for region in row["regions"]
+             if region["boxes"]]
+    if boxed:
+        path, phrase = map(shlex.quote, boxed[0])
+        print(f"  python retrieve.py --checkpoint {out} --text {phrase}")
+        print(f"  python icl_ground.py --checkpoint {out} --lvlm lofi --image {path} "
+              f"--phrase {phrase}")
+    print(f"  python model.py export {out} {out}_siglip")
 
 
-def evaluate_run(model, path):
-    """evaluate() on the test split of a manifest, if it has one, with the prior of the training
-    split."""
-    rows = data.read_manifest(path)
-    test = [row for row in rows if row["split"] == "test"]
-    if not test:
-        print(f"not evaluated: {path} has no test split")
-        return {}
-    train = [row for row in rows if row["split"] == "train"
-             and any(region["boxes"] for region in row["regions"])]
-    prior = metrics.phrase_prior(train) if train else None
-    return {**evaluate(model.eval(), test, prior), "n_images": len(test)}
+# ---- data and model -----------------------------------------------------------------------------
 
-
-# ---- data and run folder ------------------------------------------------------------------------
-
-def find_data(args, rank, device):
-    """The manifest's folder: --data, or the phantom, drawn on first use (a dry run throws its own
-    away)."""
-    if args.data:
-        return args.data
-    if args.dry_run:
+def phantom_folder(dry_run, rank):
+    """The folder of the phantom, drawn on first use; a dry run draws a small one and removes it."""
+    if dry_run:
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return data.make_phantom(folder / "phantom", {"train": 64, "test": 8})
     folder = Path("runs/phantom_data")
-    if not (folder / "manifest.jsonl").exists() and rank == 0:
+    if not folder.exists() and rank == 0:
         data.make_phantom(folder)
-    over_processes(torch.zeros(1, device=device))              # the others wait
+    if dist.is_initialized():
+        dist.barrier()                                         # the others wait
+    if not data.is_whole_phantom(folder):
+        raise InputError(f"{folder}: not a whole phantom, its drawing was interrupted or it was "
+                         "changed; remove the folder and run the same command again, or name it "
+                         "with --data")
     return folder
 
 
-def training_rows(path, objectives):
-    """Rows of the training split that the objectives can use; what is left out is counted and
-    printed."""
-    rows = data.read_manifest(path, "train")
-    has_text = lambda row: "s" in objectives and (row["report"] or row["regions"])
-    usable = [row for row in rows if has_text(row) or data.possible_tasks(row, objectives)]
+def checksum(path):
+    """Of the manifest's content, by which --resume knows the data wherever they are."""
+    return hashlib.sha256(data.manifest_path(path).read_bytes()).hexdigest()
+
+
+def read_splits(path):
+    """{split: rows} of a manifest; prints what is odd about it. Raises InputError."""
+    rows = data.read_manifest(path)
+    for note in data.manifest_notes(rows):
+        say(f"note: {note}")
+    split = {name: [row for row in rows if row["split"] == name] for name in data.SPLITS}
+    if not split["train"]:
+        raise InputError(f"{path}: no rows with split 'train'")
+    return split
+
+
+def usable_rows(rows, path, objectives):
+    """Training rows that the objectives can use. Raises InputError if there is none."""
+    usable = [row for row in rows
+              if data.possible_tasks(row, objectives)
+              or "s" in objectives and (row["report"] or row["regions"])]
     if len(usable) < len(rows):
-        print(f"left out {len(rows) - len(usable)} of {len(rows)} training images: "
-              f"no text or box for --objectives {objectives}")
+        say(f"left out {len(rows) - len(usable)} of {len(rows)} training images: no text or box "
+            f"for --objectives {objectives}")
     if not usable:
-        raise TrainError(f"{path}: no training image has what --objectives {objectives} needs")
+        raise InputError(f"{path}: no training image has what --objectives {objectives} needs")
     return usable
 
 
-def run_folder(args):
-    """--out, or runs/NAME of the data -> (folder, whether there is a checkpoint to resume).
+def find_config(args, start):
+    """The preset's config, or that of the run to start from, changed by the flags.
 
-    A run that was killed before its first checkpoint is resumed at step 0. Raises TrainError if
-    there is no run to --resume."""
-    name = "phantom"
-    if args.data:
-        path = Path(args.data).resolve()
-        name = path.name if path.is_dir() else path.parent.name
-    out = Path(args.out or f"runs/{name}")
-    if args.resume and not (out / "log.jsonl").exists():
-        raise TrainError(f"{out}: no run to resume, it has no log.jsonl; start without --resume")
-    return out, args.resume and (out / "trainer.pt").exists()
-
-
-def move_aside(folder):
-    """Make way for a new run: an older folder of that name becomes NAME.1, NAME.2, ..."""
-    if folder.exists():
-        aside = next(p for n in itertools.count(1)
-                     if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
-        folder.rename(aside)
-        print(f"moved the older {folder} to {aside}")
-    draft = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    (draft / "log.jsonl").touch()
-    draft.rename(folder)
-
-
-def keep_log(path, step):
-    """Open log.jsonl to append a line a step, without the lines that an interrupted run wrote after
-    its checkpoint."""
-    lines = path.read_text().splitlines(keepends=True)[:step]
-    data.write_whole(path, lambda draft: draft.write_text("".join(lines)))
-    return open(path, "a", buffering=1)
-
-
-def build_model(args, start, rows):
-    """The model to train: of the preset, or of the run it starts from; its config changed by the
-    flags."""
+    Raises InputError."""
     names = ("lam", "epochs", "steps", "batch_size", "lr", "augment")
     changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.steps and not args.epochs:
@@ -493,206 +674,209 @@ def build_model(args, start, rows):
     elif args.epochs and not args.steps:
         changed["steps"] = None
     if start:
-        model = LoFi.from_pretrained(start)
-        if args.preset not in (None, model.config.preset):
-            raise TrainError(f"{start} has preset {model.config.preset}, not {args.preset}")
-        model.config = dataclasses.replace(model.config, **changed)
-        return model
+        if args.preset not in (None, start.preset):
+            raise InputError(f"the run to start from has preset {start.preset}, not {args.preset}")
+        return dataclasses.replace(start, **changed)
     config = PRESETS[args.preset or ("paper" if args.data else "tiny")]
     config = PHANTOM if config is TINY and not args.data else config
     sources = {"encoder": args.encoder, "llm": args.llm}
     sources = {name: source for name, source in sources.items() if source or args.random_init}
-    config = dataclasses.replace(config, **sources, **changed)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    batch_size = images_per_step(args, config, len(rows), world)        # by which b starts
-    model = LoFi.build(dataclasses.replace(config, batch_size=batch_size),
-                       data.tokenizer_texts(rows))
-    model.config = dataclasses.replace(model.config, batch_size=config.batch_size)
-    return model
+    return dataclasses.replace(config, **sources, **changed)
 
 
-def print_sizes(model):
-    """How much of the model trains, part by part."""
-    trains = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    part = lambda prefix, lora: sum(n for name, n in trains.items()
-                                    if name.startswith(prefix) and ("lora_" in name) == lora)
-    counts = {"LoRA of the encoders": part("siglip.", True), "LoRA of the LLM": part("llm.", True),
-              "attention pooling and projection": part("pooling.", False),
-              "encoders with t' and b" if not model.config.lora_rank else "t' and b":
-                  part("siglip.", False),
-              "LLM": part("llm.", False)}
-    print(f"trains {sum(trains.values()):,} of {sum(p.numel() for p in model.parameters()):,} "
-          "parameters: "
-          + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n))
+def part_of(name):
+    """The part of the model that a parameter belongs to, in words."""
+    if name.startswith("pooling."):
+        return "attention pooling and projection"
+    if "logit_" in name:
+        return "t' and b"
+    part = "encoders" if name.startswith("siglip.") else "LLM"
+    return f"LoRA of the {part}" if "lora_" in name else part
 
 
-def load_batches(args, model, rows, keys):
-    """An iterator over the batches of the keys, decoded by worker processes; an image that cannot
-    be read becomes a message in batch["bad"]."""
+def say_what_trains(model):
+    """Print how much of the model trains, part by part."""
+    counts = Counter()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            counts[part_of(name)] += p.numel()
+    say(f"trains {counts.total():,} of {sum(p.numel() for p in model.parameters()):,} parameters: "
+        + ", ".join(f"{part} {n:,}" for part, n in counts.items()))
+
+
+def prepare_layers(model, recompute, compiled):
+    """--grad-checkpoint and --compile: of the layers of towers and LLM, one at a time."""
+    if recompute:
+        for part in (model.siglip, model.llm):
+            part.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        for layer in (*model.siglip.vision_model.encoder.layers,
+                      *model.siglip.text_model.encoder.layers, *model.llm.get_decoder().layers):
+            layer.compile()
+
+
+def build_dataset(model, rows, objectives, seed, augmented):
+    """-> (dataset, collate) of the model's sizes. An unreadable image becomes a message."""
     config = model.config
-    dataset = data.ChestXrays(rows, model.image_size, args.objectives, config.n_regions,
-                              config.augment, config.cache, skip_bad=True, seed=args.seed)
-    collate = data.Collate(model.text_tokenizer if "s" in args.objectives else None,
-                           model.text_length, model.llm_tokenizer, config.max_target)
-    workers = args.workers
-    if workers is None:
-        workers = 1 if config.cache else min(4, os.cpu_count())
-    return iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
-        worker_init_fn=leave_signals, pin_memory=model.device.type == "cuda"))
+    dataset = data.ChestXrays(rows, model.image_size, objectives, config.n_regions,
+                              config.augment if augmented else 0, config.cache, skip_bad=True,
+                              seed=seed)
+    return dataset, data.Collate(model.text_tokenizer if "s" in objectives else None,
+                                 model.text_length, model.llm_tokenizer, config.max_target)
 
 
-def print_left_out(skipped, bad):
-    """Steps without a finite loss, and messages of images that could not be read, if any."""
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, bad)
-        bad = sum(every, [])
-    if skipped:
-        print(f"skipped {skipped} steps: their loss or gradient was not finite")
-    if bad:
-        print(f"{len(bad)} times an image could not be read and was left out, "
-              f"{len(set(bad))} different ones:")
-        print("\n".join(sorted(set(bad))[:10]))
+def build_val_batches(model, rows, objectives, batch_size, most=512):
+    """Fixed batches of the val split, of at most 512 images spread over it."""
+    dataset, collate = build_dataset(model, rows[::math.ceil(len(rows) / most) or 1], objectives,
+                                     seed=0, augmented=False)
+    keys = [(0, i) for i in range(len(dataset))]
+    made = [collate([dataset[key] for key in keys[i:i + batch_size]])
+            for i in range(0, len(keys), batch_size)]
+    return [batch for batch in made if len(batch["image"])]
 
 
 # ---- the run ------------------------------------------------------------------------------------
 
-def main():
-    began, args = time.time(), parse_args()
+def main(args=None):
+    began, args = time.time(), args or parse_args()
     check_args(args)
+    transformers_logging.set_verbosity_error()
     device = find_device(args.device)
     rank, world = join_processes(device)
     torch.manual_seed(args.seed)
     precision = choose_precision(args.precision, device)
 
-    # data and model
-    path = find_data(args, rank, device)
-    rows = training_rows(path, args.objectives)
-    out, has_checkpoint = run_folder(args)
-    model = build_model(args, out if has_checkpoint else args.init, rows).to(device)
-    config, trainable = model.config, [p for p in model.parameters() if p.requires_grad]
-    print_sizes(model)
-    if args.grad_checkpoint:
-        model.checkpoint_layers()
-    if args.compile:
-        model.compile_layers()
+    # data
+    path = args.data or phantom_folder(args.dry_run, rank)
+    split = read_splits(path)
+    rows = usable_rows(split["train"], path, args.objectives)
+    out = run_folder(args.out, path, args.resume)
+    has_checkpoint = args.resume and (out / "trainer.pt").exists()
 
-    # optimizer and checkpoint
-    if len(rows) < world:
-        raise TrainError(f"{path}: {len(rows)} training images for {world} processes; "
-                         "start fewer")
-    batch_size = images_per_step(args, config, len(rows), world)
-    epoch = batches_per_epoch(len(rows), batch_size, world) / args.accumulate      # in steps
-    limits = [config.steps, config.epochs and math.ceil(config.epochs * epoch)]
+    # model
+    source = out if has_checkpoint else args.init
+    model = LoFi.from_pretrained(source) if source else None
+    config = find_config(args, model and model.config)
+    batch_size = images_per_step(config, args.batch_size, len(rows), args.objectives, world)
+    if model:
+        model.config = config
+    else:
+        model = LoFi.build(config, data.tokenizer_texts(rows), batch_size)
+    model.to(device)
+    prepare_layers(model, args.grad_checkpoint, args.compile)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    say_what_trains(model)
+
+    # optimizer, schedule, checkpoint
+    per_epoch = batches_per_epoch(len(rows), batch_size, args.objectives, world)
+    limits = [config.steps, config.epochs and math.ceil(config.epochs * per_epoch
+                                                        / args.accumulate)]
     steps = min(limit for limit in limits if limit)
-    optimizer = build_optimizer(model, config)
+    optimizers = build_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    settings = {"data": str(Path(path).resolve()), "objectives": args.objectives,
-                "lambda": config.lam, "lr": config.lr, "steps": steps, "batch-size": batch_size,
+    settings = {"data": str(Path(path).resolve()), "manifest": checksum(path),
+                "objectives": args.objectives, "lambda": config.lam, "lr": config.lr,
+                "steps": steps, "batch-size": batch_size, "batches an epoch": per_epoch,
                 "accumulate": args.accumulate, "seed": args.seed, "augment": config.augment}
-    first = (load_trainer(out / "trainer.pt", model, optimizer, scaler, settings)
+    first = (load_trainer(out / "trainer.pt", model, optimizers, scaler, settings)
              if has_checkpoint else 0)
 
     # batches
-    keys = batches(len(rows), batch_size, args.seed, first * args.accumulate,
+    dataset, collate = build_dataset(model, rows, args.objectives, args.seed, augmented=True)
+    keys = batches(len(rows), batch_size, per_epoch, args.seed, first * args.accumulate,
                    steps * args.accumulate, rank, world)
-    loader = load_batches(args, model, rows, keys)
-    print(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
-          f"objectives {args.objectives}, on {f'{world} x ' if world > 1 else ''}{device.type} in "
-          f"{str(precision).removeprefix('torch.')}")
-    if args.dry_run:
-        steps = first + 1
-    elif not args.resume and rank == 0:
-        move_aside(out)
-    log = (open(os.devnull, "w") if args.dry_run or rank else keep_log(out / "log.jsonl", first))
+    workers = (1 if config.cache else min(4, os.cpu_count())) if args.workers is None \
+        else args.workers
+    loader = iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+    writes = rank == 0 and not args.dry_run
+    val_batches = build_val_batches(model, split["val"], args.objectives, batch_size) \
+        if writes else []
+    say(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
+        f"objectives {args.objectives}, on {f'{world} x ' if world > 1 else ''}{device.type} in "
+        f"{str(precision).removeprefix('torch.')}")
+    log = (open(os.devnull, "w") if not writes else
+           resume_log(out, first) if args.resume else start_run(out, config))
 
     # the loop
     model.train()
-    bad, skipped, in_a_row, asked_to_stop = [], 0, 0, catch_signals()
-    bar = tqdm(range(first, steps), "train", initial=first, total=steps, unit="step",
-               disable=rank > 0)
+    guard, shown = Guard(device, args.skip_bad_images), {}
+    bar = tqdm(range(first, first + 1 if args.dry_run else steps), "train", initial=first,
+               total=steps, unit="step", disable=rank > 0)
     for step in bar:
-        start, parts, images = time.time(), [], []
+        start, parts, paths = time.time(), [], []
         for _ in range(args.accumulate):
             batch = to_device(next(loader), device)
-            bad += batch["bad"]
-            if bad and not args.skip_bad_images:
-                raise TrainError(bad[0])
-            if not over_processes(torch.tensor(len(batch["image"]), device=device), "MIN"):
-                continue                                       # of one process none could be read
-            loss, named = step_losses(model, batch, args.objectives, config.lam, precision)
+            if not guard.readable(batch):
+                continue
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                image_emb, text_emb, nll = model(batch)        # nll: -log p of each row's target
+            image_emb, text_emb, nll, task = map(              # over several processes: of all
+                gather, (image_emb, text_emb, nll, batch["task_of_row"]))
+            t, b = model.siglip.logit_scale.exp(), model.siglip.logit_bias
+            l_s = (sigmoid_loss(image_emb, text_emb, t, b)                         # Eq. 1
+                   if "s" in args.objectives else 0 * image_emb.sum())
+            l_c = captioning_loss(nll, task)                                       # Eq. 2
+            l_g = grounding_loss(nll, task)                                        # Eq. 3
+            l_d = dense_captioning_loss(nll, task)                                 # after Eq. 3
+            loss = total_loss(l_s, l_c, l_g, l_d, config.lam)                      # L_t
             scaler.scale(loss / args.accumulate).backward()
-            parts.append(named)
-            images += batch["paths"]
-        if not parts:
-            raise TrainError(f"step {step + 1}: no image of the batch could be read"
-                             + f"; the last: {bad[-1]}" * bool(bad))
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * learning_rate(step, steps, config)
-        add_gradients(trainable)
-        scaler.unscale_(optimizer)
+            parts.append(torch.stack([loss, l_s, *mean_of_task((l_c, l_g, l_d), task)]).detach())
+            paths += batch["paths"]
+        average_gradients(trainable)
+        set_rate(optimizers, learning_rate(step, steps, config))
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
-        parts = torch.stack(parts)
-        if parts[:, 0].isfinite().all() and (scaler.is_enabled() or norm.isfinite()):
-            scaler.step(optimizer)
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
+        if guard.may_step(step, parts, norm, scaler, paths):
+            for optimizer in optimizers:
+                scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
-        if in_a_row == MAX_SKIPPED:
-            raise TrainError(f"step {step + 1}: no finite loss or gradient in {MAX_SKIPPED} steps; "
-                             "lower --lr, or look at this step's images: " + " ".join(images))
+        model.zero_grad()
 
-        values = {name: round(v, 6) if math.isfinite(v) else None
-                  for name, v in zip(LOSSES, parts.nanmean(0).tolist())}
+        # log, checkpoint, stop
+        done, stop = step + 1, guard.stop()
+        values = log_values(torch.stack(parts).nanmean(0), args.objectives)
         rate = args.accumulate * batch_size / (time.time() - start)
-        line = {"step": step + 1, "lr": learning_rate(step, steps, config), **values,
+        line = {"step": done, "lr": learning_rate(step, steps, config), **values,
                 "samples_per_s": round(rate, 4)}
+        at_checkpoint = done == steps or done % args.save_every == 0
+        if val_batches and at_checkpoint:
+            line["val"] = validate(model, val_batches, args.objectives, config.lam)
         log.write(json.dumps(line) + "\n")
-        bar.set_postfix({name: f"{v:.2f}" for name, v in values.items() if v is not None}
-                        | ({"skipped": skipped} if skipped else {}), refresh=False)
-        stop = over_processes(torch.tensor(max(asked_to_stop, default=0), device=device), "MAX")
-        if rank == 0 and not args.dry_run and step + 1 < steps \
-                and (stop or (step + 1) % args.save_every == 0):
-            save_run(out, model, optimizer, scaler, step + 1, settings)
-        if stop and step + 1 < steps:
+        log.flush()
+        shown.update({name: f"{v:.2f}" for name, v in values.items() if v is not None})
+        shown.update({"val": f"{line['val']['loss']:.2f}"} if "val" in line else {})
+        shown.update({"skipped": guard.skipped} if guard.skipped else {})
+        bar.set_postfix(shown, refresh=False)
+        if writes and (at_checkpoint or stop) and not guard.in_a_row:
+            save_run(out, model, optimizers, scaler, done, settings)
+        if stop and done < steps:
             bar.close()
-            print(f"stopped and saved after step {step + 1}; go on with the same command and "
-                  "--resume", file=sys.stderr)
-            sys.exit(128 + int(stop))
-    log.close()
-    catch_signals(last=True)
-    print_left_out(skipped, bad)
-    if args.dry_run:
-        print(f"dry run: one step of {batch_size} images, loss {values['loss']:.3f}, every row of "
-              "the data is well formed; nothing written")
-        return
-    if rank:
-        return
-    save_run(out, model, optimizer, scaler, steps, settings)
-    print(f"saved {out}")
+            if rank == 0:
+                print(f"stopped{'' if guard.in_a_row else ' and saved'} after step {done}; go on "
+                      "with the same command and --resume", file=sys.stderr)
+            sys.exit(128 + stop)
 
-    # evaluation
-    results = {}
-    if args.random_init and config.lora_rank:
-        print("not evaluated: with --random-init the frozen towers are random")
-    else:
-        results = evaluate_run(model, path)
-    data.write_json(out / "metrics.json", {**results, "seconds": round(time.time() - began, 1)})
-    print_results(results)
-    print(f"\n{time.time() - began:.0f} s in all. Next: python model.py export {out} {out}/siglip")
+    guard.end(steps - first)
+    if args.dry_run:
+        say(f"dry run: one step of {batch_size} images, loss {values['loss']:.3f}, every row of "
+            "the data is well formed; nothing written")
+    elif rank == 0:
+        log.close()
+        print(f"saved {out}")
+        finish_run(out, model, split, settings, began, random=args.random_init and config.lora_rank)
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except (TrainError, ModelError, data.DataError, OSError) as error:
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+        main(ARGS)
+    except (InputError, OSError) as error:
+        sys.exit(f"train.py: {first_line(error)}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted")
-    except RuntimeError as error:                              # on a CPU it has no name of its own
+    except RuntimeError as error:       # CPU out-of-memory raises a plain RuntimeError
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
         sys.exit("train.py: out of memory; lower --batch-size (and raise --accumulate), "
