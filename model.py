@@ -712,8 +712,9 @@ def check_tokenizer(tokenizer, vocab_size, place, needs_bos=False):
     """Raise InputError unless a tokenizer is there, has its special tokens and fits the model."""
     if tokenizer is None:
         raise InputError(f"{place}: no tokenizer can be read there; the folder is incomplete")
+    vocab = tokenizer.get_vocab()
     for name in ("eos_token", "pad_token", *(["bos_token"] if needs_bos else [])):
-        if getattr(tokenizer, f"{name}_id") is None:
+        if getattr(tokenizer, name) not in vocab:
             raise InputError(f"{place}: its {name} is missing; take the tokenizer that came with "
                              "the model")
     if tokenizer.vocab_size > vocab_size:

@@ -66,9 +66,9 @@ def test_autoregressive_losses_are_gemmas_labels_loss():
     hidden = llm.model(ids).last_hidden_state[:, :-1][is_target[:, 1:]]
     nll = losses.autoregressive_nll(hidden, llm.lm_head, ids, is_target).double()
     assert torch.allclose(nll, by_row, atol=1e-6)
-    assert torch.allclose(losses.captioning_loss(nll, task), by_row[0])
-    assert torch.allclose(losses.grounding_loss(nll, task), (by_row[1] + by_row[3]) / 2)
-    assert torch.allclose(losses.dense_captioning_loss(nll, task), by_row[2])
+    assert torch.allclose(losses.captioning_loss(nll, task), by_row[0] / 4)     # of R = 4 rows
+    assert torch.allclose(losses.grounding_loss(nll, task), (by_row[1] + by_row[3]) / 4)
+    assert torch.allclose(losses.dense_captioning_loss(nll, task), by_row[2] / 4)
     ours = torch.autograd.grad(nll.sum(), llm.lm_head.weight, retain_graph=True)[0]
     theirs = torch.autograd.grad(by_row.sum(), llm.lm_head.weight)[0]
     assert torch.allclose(ours, theirs, atol=1e-6)
@@ -92,33 +92,39 @@ def test_autoregressive_nll_by_double_loop():
     assert torch.allclose(nll, expected)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
     ours = torch.autograd.grad((nll * weight).sum(), head.weight)[0]
-    wanted = torch.autograd.grad((expected * weight).sum(), head.weight)[0]
-    assert torch.allclose(ours, wanted, atol=1e-6)
+    theirs = torch.autograd.grad((expected * weight).sum(), head.weight)[0]
+    assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize("at_once", [1, 10, 15, 1000])
-def test_logits_in_parts_change_nothing(at_once):
-    """Guards: a part left out or counted twice, a gradient lost in the recomputation. Oracle: all
+def test_logits_in_chunks_change_nothing(at_once, monkeypatch):
+    """Guards: a chunk left out or counted twice, a gradient lost in the recomputation. Oracle: all
     logits at once, in double precision."""
     torch.manual_seed(2)
     head, hidden = torch.nn.Linear(3, 5).double(), torch.randn(7, 3).double().requires_grad_()
     targets = torch.tensor([0, 4, 2, 2, 1, 3, 0])
     seen = []
     head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
-    ours = losses.token_nll(hidden, head, targets, at_once)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    ours = losses.token_nll(hidden, head, targets)
     assert max(seen) <= max(5, at_once)
-    wanted = -head(hidden).float().log_softmax(1)[range(7), targets]
-    assert torch.allclose(ours, wanted)
+    expected = -head(hidden).float().log_softmax(1)[range(7), targets]
+    assert torch.allclose(ours, expected)
     weight = torch.arange(7.0)
     for of in (hidden, head.weight):
         a, b = (torch.autograd.grad((nll * weight).sum(), of, retain_graph=True)[0]
-                for nll in (ours, wanted))
+                for nll in (ours, expected))
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_a_task_that_was_not_drawn_is_nan_and_leaves_the_total_alone():
-    """Guards: a 0 in the log that looks like a perfect loss; a NaN that reaches the weights."""
-    nll, task = torch.tensor([1.0, 3.0]), torch.tensor([0, 1])
-    assert losses.dense_captioning_loss(nll, task).isnan()
-    assert losses.total_loss(torch.tensor(2.0), nll, lam=5.0).item() == 2 + 5 * 2
-    assert losses.total_loss(torch.tensor(2.0), torch.zeros(0)).item() == 2
+def test_the_three_losses_are_shares_of_one_mean():
+    """Guards: tasks that do not add up to E[L_tau], lambda on a part of them, NaN from a task that
+    no row drew."""
+    nll, task = torch.tensor([1.0, 3.0, 5.0, 3.0]), torch.tensor([0, 1, 1, 0])
+    l_c, l_g, l_d = (loss(nll, task) for loss in (
+        losses.captioning_loss, losses.grounding_loss, losses.dense_captioning_loss))
+    assert (l_c.item(), l_g.item(), l_d.item()) == (1.0, 2.0, 0.0)
+    assert l_c + l_g + l_d == nll.mean()
+    assert losses.total_loss(torch.tensor(2.0), l_c, l_g, l_d, 5.0).item() == 2 + 5 * 3
+    none = torch.zeros(0)
+    assert losses.grounding_loss(none, none).item() == 0
