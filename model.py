@@ -712,15 +712,15 @@ def check_tokenizer(tokenizer, vocab_size, place, needs_bos=False):
     """Raise InputError unless a tokenizer is there, has its special tokens and fits the model."""
     if tokenizer is None:
         raise InputError(f"{place}: no tokenizer can be read there; the folder is incomplete")
-    vocab = tokenizer.get_vocab()
-    for name in ("eos_token", "pad_token", *(["bos_token"] if needs_bos else [])):
-        if getattr(tokenizer, name) not in vocab:
-            raise InputError(f"{place}: its {name} is missing; take the tokenizer that came with "
-                             "the model")
     if tokenizer.vocab_size > vocab_size:
         raise InputError(f"{place}: its largest id is {tokenizer.vocab_size - 1:,}, but the model "
                          f"has {vocab_size:,} token embeddings; it is the tokenizer of another "
                          "model")
+    for name in ("eos_token", "pad_token", *(["bos_token"] if needs_bos else [])):
+        number = getattr(tokenizer, f"{name}_id")
+        if number is None or number >= vocab_size:             # a default that is not in the file
+            raise InputError(f"{place}: its {name} is missing; take the tokenizer that came with "
+                             "the model")
 
 
 # ---- the commands -------------------------------------------------------------------------------
