@@ -284,6 +284,8 @@ def average_gradients(parameters):
     has = over_processes(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int,
                                       device=parameters[0].device), "MAX")
     used = [p for p, n in zip(parameters, has.tolist()) if n]
+    if not used:
+        return
     flat = over_processes(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
                                      for p in used])) / dist.get_world_size()
     for p, gradient in zip(used, flat.split([p.numel() for p in used])):

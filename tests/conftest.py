@@ -29,7 +29,7 @@ SMALL = dataclasses.replace(                           # TINY's kind, with the L
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory):
-    """A phantom of 40 training and 12 test films."""
+    """A phantom of 40 training and 12 test images."""
     return data.make_phantom(tmp_path_factory.mktemp("data") / "phantom",
                              {"train": 40, "val": 2, "test": 12}, quiet=True)
 
@@ -48,7 +48,7 @@ def model(rows):
 
 @pytest.fixture
 def batch(model, rows):
-    """A batch of 6 films with all three tasks among its rows."""
+    """A batch of 6 images with all three tasks among its rows."""
     dataset = data.ChestXrays(rows, model.image_size, n_regions=2)
     collate = data.Collate(model.text_tokenizer, model.text_length, model.llm_tokenizer, 64)
     for epoch in range(50):
@@ -58,12 +58,16 @@ def batch(model, rows):
     raise AssertionError("50 epochs drew no batch with all three tasks")
 
 
-def run(*command, cwd=ROOT, ok=True):
-    """Run a script of ours as a user would -> stdout; or, ok=False, its one error line."""
+def run(*command, cwd=ROOT, ok=True, whole=False):
+    """Run a script of ours as a user would -> stdout; or, ok=False, its one error line (whole: all
+    of stderr, which torchrun adds to)."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     if ok:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
-    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.returncode != 0
+    if whole:
+        return done.stderr
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stderr.strip().splitlines()[-1]
