@@ -117,6 +117,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -166,18 +167,30 @@ def choose_precision(name, device):
 
 
 def build_optimizers(model, config):
-    """AdamW; matrices decay, vectors and scalars do not; text tower, t' and b may have rates of
-    their own. eps is above the rounding of gradients that are zero (a key's bias has no effect)."""
-    groups = {}
+    """AdamW for all that trains; with muon_lr, Muon for the hidden matrices (Jordan et al. 2024).
+
+    Matrices decay, vectors and scalars do not; the text tower, t' and b have rates of their own.
+    AdamW's eps is above the rounding of gradients that are zero (a key's bias has no effect)."""
+    adamw, muon = {}, {}
     for name, p in model.named_parameters():
         if p.requires_grad:
+            hidden = p.ndim == 2 and not re.search("embedding|embed_tokens|queries", name)
+            groups = muon if config.muon_lr and hidden else adamw
             rate = (config.scale_lr if "logit_" in name else
                     config.text_lr if "text_model" in name else 1.0)
             groups.setdefault((p.ndim >= 2, rate), []).append(p)
-    return [torch.optim.AdamW(
-        [{"params": params, "weight_decay": config.weight_decay if decays else 0.0, "rate": rate}
-         for (decays, rate), params in groups.items()], lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
-        fused=True)]
+
+    def param_groups(groups, share=1.0):                       # rate: times learning_rate()
+        return [{"params": params, "rate": share * rate,
+                 "weight_decay": config.weight_decay if decays else 0.0}
+                for (decays, rate), params in groups.items()]
+    optimizers = [torch.optim.AdamW(param_groups(adamw), lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
+                                    fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(
+            param_groups(muon, config.muon_lr / config.lr), lr=config.muon_lr, momentum=0.95,
+            adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 # ---- batches ------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def bench_prepare():
 # ---- train --------------------------------------------------------------------------------------
 
 def train_parts(folder, config, batch_size, n_batches=8):
-    """A model, its optimizer, dataset and collate as in train.py, and batches held in memory."""
+    """A model, its optimizers, dataset and collate as in train.py, and batches held in memory."""
     import torch
 
     import train
@@ -302,9 +302,25 @@ def train_parts(folder, config, batch_size, n_batches=8):
                               config.cache)
     collate = data.Collate(model.text_tokenizer, model.text_length, model.llm_tokenizer,
                            config.max_target)
-    keys = train.batches(len(rows), batch_size, 0, 0, n_batches)
+    keys = train.batches(len(rows), batch_size, len(rows) // batch_size, 0, 0, n_batches)
     batches = [collate([dataset[key] for key in some]) for some in keys]
-    return model, train.build_optimizer(model, config), dataset, collate, batches
+    return model, train.build_optimizers(model, config), dataset, collate, batches
+
+
+def loss_of(model, batch, precision="fp32"):
+    """L_t of a batch, as in train.py's loop."""
+    import torch
+
+    import losses
+    import train
+    precision = train.choose_precision(precision, model.device)
+    with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
+        image_emb, text_emb, nll = model(batch)
+    l_s = losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
+                              model.siglip.logit_bias)
+    l_tau = [loss(nll, batch["task_of_row"]) for loss in (
+        losses.captioning_loss, losses.grounding_loss, losses.dense_captioning_loss)]
+    return losses.total_loss(l_s, *l_tau, model.config.lam)
 
 
 def seconds_of(work, times=1):
@@ -326,10 +342,7 @@ def alone(work, *args):
 
 def bare_step(model, batch, precision="fp32"):
     """Forward and backward alone."""
-    import train
-    precision = train.choose_precision(precision, model.device)
-    loss, _ = train.step_losses(model, batch, "scgd", model.config.lam, precision)
-    loss.backward()
+    loss_of(model, batch, precision).backward()
     model.zero_grad()
 
 
@@ -339,11 +352,16 @@ def loop_rate(folder, steps, batch_size, *flags):
     import io
     from unittest import mock
 
+    import dataclasses
+
     import train
+    from model import TINY
+    adamw = dataclasses.replace(TINY, muon_lr=None)            # as the Trainer takes one optimizer
     with tempfile.TemporaryDirectory() as out:
         flags = ["train.py", "--data", str(folder), "--steps", str(steps), "--batch-size",
                  str(batch_size), *flags, "--out", f"{out}/run"]
-        with mock.patch("sys.argv", flags), contextlib.redirect_stdout(io.StringIO()):
+        with (mock.patch("sys.argv", flags), mock.patch.dict(train.PRESETS, tiny=adamw),
+              contextlib.redirect_stdout(io.StringIO())):
             train.main()
         lines = Path(out, "run", "log.jsonl").read_text().splitlines()
     return float(np.median([json.loads(line)["samples_per_s"] for line in lines[steps // 3:]]))
@@ -373,8 +391,7 @@ def trainer_rate(model, dataset, collate, steps, batch_size):
             self.model = model
 
         def forward(self, **batch):
-            loss, _ = train.step_losses(self.model, batch, "scgd", 5.0, torch.float32)
-            return {"loss": loss}
+            return {"loss": loss_of(self.model, batch)}
 
     class Clock(TrainerCallback):
         ticks = []
@@ -391,7 +408,7 @@ def trainer_rate(model, dataset, collate, steps, batch_size):
             dataloader_pin_memory=False, dataloader_drop_last=True)
         Trainer(Loss(), args, data_collator=collate, train_dataset=Samples(),
                 callbacks=[Clock()],
-                optimizers=(train.build_optimizer(model, model.config), None)).train()
+                optimizers=(train.build_optimizers(model, model.config)[0], None)).train()
     return batch_size / float(np.median(np.diff(Clock.ticks)[steps // 3:]))
 
 
@@ -402,8 +419,8 @@ def naive_losses(model, batch, lam=5.0):
     import torch.nn.functional as F
 
     import losses
-    emb, patches = model.encode_image(batch["image"], with_patches=True)
-    l_s = losses.sigmoid_loss(emb, model.encode_text(batch["text"]),
+    emb, patches = model.encode_image(batch["image"], with_patches=True, requires_grad=True)
+    l_s = losses.sigmoid_loss(emb, model.encode_text(batch["text"], requires_grad=True),
                               model.siglip.logit_scale.exp(), model.siglip.logit_bias)
     visual, total = model.visual_tokens(patches), 0.0
     for task in range(3):
@@ -438,8 +455,7 @@ def formulation(folder, naive, times=3):
         return int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024 / 1e9
 
     def work():
-        loss = (naive_losses(model, batch) if naive else
-                train.step_losses(model, batch, "scgd", 5.0, torch.float32)[0])
+        loss = naive_losses(model, batch) if naive else loss_of(model, batch)
         loss.backward()
         model.zero_grad()
         kept.append(loss.item())
@@ -452,6 +468,8 @@ def formulation(folder, naive, times=3):
 def bench_train(steps=45, batch_size=48, rounds=3):
     """train.py's loop, the bare step and Hugging Face's Trainer in turn, medians of the rounds; the
     naive formulation; the parts; then all of `paper`."""
+    import dataclasses
+
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -467,7 +485,8 @@ def bench_train(steps=45, batch_size=48, rounds=3):
                     "one pass, peak GB": ours[1], "naive, peak GB": naive[1],
                     "naive over one pass, memory": naive[1] / ours[1]}
 
-        model, optimizer, dataset, collate, batches = train_parts(phantom, TINY, batch_size)
+        adamw = dataclasses.replace(TINY, muon_lr=None)        # the Trainer takes one optimizer
+        model, _, dataset, collate, batches = train_parts(phantom, adamw, batch_size)
         bare = lambda: batch_size * len(batches) / seconds_of(
             lambda: [bare_step(model, batch) for batch in batches])
         bare()
@@ -489,11 +508,11 @@ def bench_train(steps=45, batch_size=48, rounds=3):
         rate = flops * bare() / batch_size
         figures |= {"GFLOP a step": flops / 1e9, "GFLOP/s of the bare step": rate / 1e9,
                     "GFLOP/s of a matmul": peak / 1e9, "share of the matmul's": rate / peak}
-        figures |= parts_of_a_step(model, optimizer, dataset, collate, batches[0])
+        figures |= parts_of_a_step(*train_parts(phantom, TINY, batch_size)[:4], batches[0])
     return figures | bench_paper()
 
 
-def parts_of_a_step(model, optimizer, dataset, collate, batch, times=5):
+def parts_of_a_step(model, optimizers, dataset, collate, batch, times=5):
     """Milliseconds of each part of a step, forward and backward, each run alone."""
     import torch
 
@@ -506,16 +525,17 @@ def parts_of_a_step(model, optimizer, dataset, collate, batch, times=5):
 
     def decoder():
         tokens = model.visual_tokens(visual)[batch["image_of_row"]]
-        hidden = model.target_states(tokens, batch["ids"], batch["is_target"])
-        losses.autoregressive_nll(hidden, model.llm.lm_head, batch["ids"],
-                                  batch["is_target"]).mean().backward()
+        model.nll(tokens, batch["ids"], batch["is_target"]).mean().backward()
 
     def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     parts = {"augment, collate (films in memory)": lambda: collate([dataset[key] for key in keys]),
-             "vision tower": lambda: model.encode_image(batch["image"]).sum().backward(),
-             "text tower": lambda: model.encode_text(batch["text"]).sum().backward(),
+             "vision tower": lambda: model.encode_image(
+                 batch["image"], requires_grad=True).sum().backward(),
+             "text tower": lambda: model.encode_text(
+                 batch["text"], requires_grad=True).sum().backward(),
              "pooling, LLM and its losses": decoder,
              "sigmoid loss": lambda: losses.sigmoid_loss(*emb, t, b).backward(),
              "clip and optimizer": update}
