@@ -188,7 +188,7 @@ def build_optimizers(model, config):
                                     fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(
-            param_groups(muon, config.muon_lr / config.lr), lr=config.muon_lr, momentum=0.95,
+            param_groups(muon, config.muon_lr), lr=config.lr, momentum=0.95,
             adjust_lr_fn="match_rms_adamw"))
     return optimizers
 

@@ -356,7 +356,7 @@ def loop_rate(folder, steps, batch_size, *flags):
 
     import train
     from model import TINY
-    adamw = dataclasses.replace(TINY, muon_lr=None)            # as the Trainer takes one optimizer
+    adamw = dataclasses.replace(TINY, muon_lr=0)            # as the Trainer takes one optimizer
     with tempfile.TemporaryDirectory() as out:
         flags = ["train.py", "--data", str(folder), "--steps", str(steps), "--batch-size",
                  str(batch_size), *flags, "--out", f"{out}/run"]
@@ -485,7 +485,7 @@ def bench_train(steps=45, batch_size=48, rounds=3):
                     "one pass, peak GB": ours[1], "naive, peak GB": naive[1],
                     "naive over one pass, memory": naive[1] / ours[1]}
 
-        adamw = dataclasses.replace(TINY, muon_lr=None)        # the Trainer takes one optimizer
+        adamw = dataclasses.replace(TINY, muon_lr=0)        # the Trainer takes one optimizer
         model, _, dataset, collate, batches = train_parts(phantom, adamw, batch_size)
         bare = lambda: batch_size * len(batches) / seconds_of(
             lambda: [bare_step(model, batch) for batch in batches])
