@@ -8,6 +8,7 @@
     train        train.py's loop against the bare step, the Trainer and the naive formulation
     paper        the paper's sizes with random weights: loop, bare step, memory, hours of 10 epochs
     hints        on the default run: does a box follow "left" and "right" in its phrase?
+    scores       on the default run: does the score tell a phrase that is there from one that is not?
     ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each; over an hour, 2 cores
 
 Machines are shared and differ, so a figure alone says little: compare the ratios.
@@ -639,6 +640,29 @@ def bench_hints(run="runs/phantom", folder="runs/phantom_data"):
             "mean move, of the film's width": float(np.mean(moved))}
 
 
+# ---- scores -------------------------------------------------------------------------------------
+
+def bench_scores(run="runs/phantom", folder="runs/phantom_data"):
+    """How often the score of an answer tells a phrase of the image from one of another image: AUROC
+    over the boxed phrases of the test split, one foreign phrase for each."""
+    import metrics
+    from model import LoFi
+    model, rows = LoFi.from_pretrained(run), data.read_manifest(folder, "test")
+    rng, phrases = np.random.default_rng(0), [{region["phrase"] for region in row["regions"]}
+                                              for row in rows]
+    scores, present = [], []
+    for row, own in zip(rows, phrases):
+        others = sorted(set().union(*phrases) - own)
+        foreign = list(rng.choice(others, len(own), replace=False))
+        asked = [*sorted(own), *foreign]
+        scores += model.ground(row["path"], asked, with_scores=True)[1]
+        present += [True] * len(own) + [False] * len(foreign)
+    scores, present = np.array(scores), np.array(present)
+    return {"phrases of the image": int(present.sum()), "and as many of other images, AUROC":
+            metrics.auroc(scores, present), "mean score of a phrase of the image":
+            scores[present].mean(), "mean score of a foreign phrase": scores[~present].mean()}
+
+
 # ---- ablate -------------------------------------------------------------------------------------
 
 # The default run's settings; without places 24 tokens hold a report.
@@ -716,6 +740,7 @@ def bench_ablate(seeds=(0, 1, 2), steps=733, folder="runs/ablate"):
 
 BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": bench_prepare,
               "train": bench_train, "paper": bench_paper, "hints": bench_hints,
+              "scores": bench_scores,
               "ablate": bench_ablate}
 
 

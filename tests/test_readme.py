@@ -1,5 +1,6 @@
 """The README's claims that can be checked by machine."""
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -33,6 +34,41 @@ def test_every_symbol_of_the_table_exists(file, symbol):
     thing = importlib.import_module(file.removesuffix(".py"))
     for part in symbol.split("."):
         thing = getattr(thing, part)
+
+
+def definitions():
+    """{name: names that its definition uses} of every function, method, class and constant."""
+    uses = {}
+    for script in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(script.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own = [node.name]
+            elif isinstance(node, ast.Assign):
+                own = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            else:
+                continue
+            inner = list(ast.walk(node))
+            if isinstance(node, ast.ClassDef):                 # a method counts when it is called
+                inner = [n for part in node.body if not isinstance(part, ast.FunctionDef)
+                         or part.name.startswith("__") or part.name == "forward"
+                         for n in ast.walk(part)]
+            used = {n.id for n in inner if isinstance(n, ast.Name)} | {
+                n.attr for n in inner if isinstance(n, ast.Attribute)}
+            for name in own:
+                uses[name] = uses.get(name, set()) | used - {name}
+    return uses
+
+
+def test_every_symbol_of_the_table_is_reached_from_a_main():
+    """Guards: a function in the table that tests alone call, beside the one that runs."""
+    uses, reached, todo = definitions(), set(), ["main"]
+    while todo:
+        name = todo.pop()
+        if name in uses and name not in reached:
+            reached.add(name)
+            todo += uses[name]
+    named = {symbol.split(".")[-1] for _, symbol in symbols()}
+    assert named <= reached | {"main"}, named - reached
 
 
 @pytest.mark.parametrize("equation, function", [
