@@ -1,7 +1,7 @@
-"""Data of LoFi (Sec. 2.0.1 and 2.0.4): the manifest, box strings, prompts, samples and the phantom.
+"""Data of LoFi (Sec. 2.0.1 and 2.0.4): manifest, prompts, training samples and batches.
 
-    python data.py phantom OUT        # draw chest films with findings, reports and boxes
-    python data.py mimic-cxr --help   # a manifest from archives; also padchest-gr and ms-cxr
+    python data.py phantom OUT        # draw chest X-rays with findings, reports and boxes
+    python data.py covid-cxr --help   # convert a data set; also mimic-cxr, padchest-gr and ms-cxr
     python data.py check DIR          # read every row and image, count, draw a few with their boxes
 
 A data set is a folder with `manifest.jsonl`, one image a line (`report`, `regions` may be missing):
@@ -12,11 +12,20 @@ A data set is a folder with `manifest.jsonl`, one image a line (`report`, `regio
 
 Boxes are (x0, y0, x1, y1), fractions of the width and height of the original image. The image is
 stretched to the encoder's square, so a box is the same fraction of the model's input.
+
+In each training step the row above gives its image, a text for Eq. 1 and one of three tasks:
+
+    text  for E_T         sentences of the report
+    "c"   captioning      "Report this medical scan."                -> "The heart is enlarged. ..."
+    "g"   grounding       "Detect all instances of: The heart ..."   -> "380 510 780 840"
+    "d"   dense captions  "Describe the regions: 380 510 780 840"    -> "The heart is enlarged."
 """
 
 import argparse
 import contextlib
 import csv
+import difflib
+import filecmp
 import functools
 import gzip
 import io
@@ -25,13 +34,12 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import struct
 import sys
+import tempfile
 import textwrap
 import threading
-import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
@@ -40,55 +48,52 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-from metrics import box_iou
+from metrics import (InputError, box_iou, box_problem, check_output, drop_degenerate, first_line,
+                     format_table, write_file, write_json)
 
-# ---- prompts (Eq. 2, 3, L_d); of the last two the paper prints only the beginning ----------------
+# torch and transformers, which take seconds to import, are imported in the few functions that use
+# them: the commands of this file do without.
 
-CAPTIONING_PROMPT = "Report this medical scan."             # P_c
-GROUNDING_PROMPT = "Detect all instances of: {phrase}"      # P_g; ending not stated in the paper
-DENSE_CAPTIONING_PROMPT = "Describe the regions: {boxes}"   # P_d; ending not stated in the paper
+
+# ---- the manifest: one image a row ---------------------------------------------------------------
 
 SPLITS = ("train", "val", "test")
-TASKS = "cgd"                           # tau of L_t: captioning, grounding, dense captioning
-TASK_WEIGHT = {"c": 2, "g": 1, "d": 1}  # L_c and L_g,d "contribute equally" (Sec. 2.0.1)
 
 
-class DataError(ValueError):
-    """The data are not as they should be; the message is one line for the person who gave them."""
+def manifest_path(data):
+    """The manifest of a folder, or the file itself. Raises InputError if there is none."""
+    path = Path(data) / "manifest.jsonl" if Path(data).is_dir() else Path(data)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a folder with manifest.jsonl, or that "
+                         "file (python data.py phantom OUT makes one)")
+    return path
 
 
-# ---- files, whole or not there ------------------------------------------------------------------
+def read_manifest(data, split=None):
+    """The rows of a manifest (of one split), each checked, plus "path": the image's full path.
 
-def write_whole(path, write):
-    """write(draft), then rename it to path: whole or not there, its folder made where it is
-    missing. Raises DataError where the disk cannot take it."""
-    path = Path(path)
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(draft)
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:                   # RuntimeError: torch's word for it
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be written ({reason}); once it can, run the same command "
-                        "again")
-    finally:
-        if os.path.lexists(draft):
-            draft.unlink()
-
-
-def write_json(path, value):
-    """A JSON file, whole or not there. Raises DataError."""
-    write_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=2) + "\n"))
+    Boxes of almost no area are dropped. Raises InputError with file, line, what was given and what
+    is expected, for the first invalid row."""
+    path, rows = manifest_path(data), []
+    for number, row, problem in scan_manifest(data):
+        if problem:
+            raise InputError(f"{path}:{number}: {problem}")
+        if split in (None, row["split"]):
+            regions = [{**region, "boxes": drop_degenerate(region["boxes"])}
+                       for region in row.get("regions") or []]
+            rows.append({**row, "report": " ".join((row.get("report") or "").split()),
+                         "regions": regions, "path": str(path.parent / row["image"])})
+    if not rows:
+        raise InputError(f"{path}: no rows" + (f" with split {split!r}" if split else ""))
+    return rows
 
 
-# ---- boxes as text: integers in [0, 1000], x first, in a fixed order (Sec. 2.0.4) ---------------
+# ---- boxes as text: integers in [0, 1000], x first, in a fixed order (Sec. 2.0.4) ----------------
 
-NO_BOXES = "none"
+NO_BOXES = "none"                                           # not stated in the paper
 BOX_PATTERN = re.compile(r"\d{1,4} \d{1,4} \d{1,4} \d{1,4}", re.ASCII)
 
 
@@ -99,6 +104,7 @@ def boxes_to_text(boxes):
         x0, y0 = (min(999, round(1000 * v)) for v in (x0, y0))
         x1, y1 = max(x0 + 1, round(1000 * x1)), max(y0 + 1, round(1000 * y1))  # never empty
         rounded.append((x0, y0, x1, y1))
+    # A fixed order, left to right: the decoder need not guess which of several boxes comes first.
     return "; ".join(" ".join(map(str, box)) for box in sorted(rounded)) or NO_BOXES
 
 
@@ -117,186 +123,52 @@ def text_to_boxes(text):
     return boxes, False
 
 
-# ---- the manifest -------------------------------------------------------------------------------
+# ---- prompts (Eq. 2, 3, L_d) and the draw of a task ----------------------------------------------
 
-def manifest_path(data):
-    """The manifest of a folder, or the file itself. Raises DataError if there is none."""
-    path = Path(data) / "manifest.jsonl" if Path(data).is_dir() else Path(data)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; --data takes a folder with manifest.jsonl, or that "
-                        "file (python data.py phantom OUT makes one)")
-    return path
+# Of the last two the paper prints only the beginning: their endings are not stated in the paper.
+CAPTIONING_PROMPT = "Report this medical scan."             # P_c
+GROUNDING_PROMPT = "Detect all instances of: {phrase}"      # P_g
+DENSE_CAPTIONING_PROMPT = "Describe the regions: {boxes}"   # P_d
 
-
-def box_problem(box):
-    """What is wrong with a box of the manifest, in words, or None."""
-    number = (int, float)
-    if not (isinstance(box, list) and len(box) == 4 and all(type(v) in number for v in box)):
-        return "is not a list of 4 numbers"
-    if not all(abs(v) < math.inf for v in box):
-        return "has a value that is not finite"
-    x0, y0, x1, y1 = box
-    if max(box) > 2:
-        return "looks like pixels: divide x by the image's width and y by its height"
-    if x1 <= x0 or y1 <= y0:
-        return "has x1 <= x0 or y1 <= y0: corners are wanted, not x, y, width, height"
-    if min(box) < 0 or max(box) > 1:
-        return "leaves the image: clip it to [0, 1]"
+# tau of L_t and its weight: L_c and L_g,d "contribute equally" (Sec. 2.0.1), so captioning is
+# drawn half of the time, grounding and dense captioning a quarter each.
+TASK_WEIGHT = {"c": 2, "g": 1, "d": 1}
 
 
-def row_problem(row, folder):
-    """What is wrong with a row of the manifest, in words, or None."""
-    if not isinstance(row, dict):
-        return f"found {type(row).__name__}, wanted a JSON object"
-    for key in ("image", "study", "patient", "split"):
-        if not (isinstance(row.get(key), str) and row[key]):
-            return f"{key!r} is {row.get(key)!r}, wanted text"
-    if row["split"] not in SPLITS:
-        return f"'split' is {row['split']!r}, wanted one of {', '.join(SPLITS)}"
-    if not isinstance(row.get("report"), (str, type(None))):
-        return f"'report' is {row['report']!r}, wanted text"
-    if not isinstance(row.get("regions"), (list, type(None))):
-        return f"'regions' is {row['regions']!r}, wanted a list"
-    for region in row.get("regions") or []:
-        if not isinstance(region, dict) or not isinstance(region.get("phrase"), str) \
-                or not region["phrase"].strip() or not isinstance(region.get("boxes"), list):
-            return f"region {region!r}, wanted {{'phrase': text, 'boxes': [[x0, y0, x1, y1], ...]}}"
-        for box in region["boxes"]:
-            if problem := box_problem(box):
-                return (f"box {box} of {region['phrase']!r} {problem}; "
-                        "wanted [x0, y0, x1, y1] in [0, 1]")
-    if not (folder / row["image"]).is_file():
-        return f"image {folder / row['image']} does not exist"
+def possible_tasks(row, objectives="cgd"):
+    """The tasks that a row can serve: c needs a report, g and d need a region with boxes."""
+    has_boxes = any(region["boxes"] for region in row["regions"])
+    return [task for task in TASK_WEIGHT
+            if task in objectives and (row["report"] if task == "c" else has_boxes)]
 
 
-def scan_manifest(data):
-    """Yield (line number, row or None, problem or None) for each line of a manifest."""
-    path = manifest_path(data)
-    with open(path, encoding="utf-8-sig") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    if "\\u" in line:                          # half a surrogate pair is no text
-                        json.dumps(row, ensure_ascii=False).encode()
-                except (ValueError, RecursionError) as error:
-                    yield number, None, f"not JSON: {str(error).splitlines()[0]}"
-                    continue
-                yield number, row, row_problem(row, path.parent)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
+def sample_tasks(report, regions, objectives, n_regions, rng):
+    """Draw tau, then its (task, prompt, target) rows: one report, or up to n_regions regions.
+
+    No rows if the image has neither. A row is one sequence of the LLM; those of one image share its
+    vision pass, which is why several regions cost little."""
+    regions = [region for region in regions if region["boxes"]]
+    tasks = possible_tasks({"report": report, "regions": regions}, objectives)
+    if not tasks:
+        return []
+    # Where a task is impossible or not among the objectives, the others share its weight.
+    weight = np.array([TASK_WEIGHT[task] for task in tasks], float)
+    task = tasks[rng.choice(len(tasks), p=weight / weight.sum())]
+    if task == "c":
+        return [("c", CAPTIONING_PROMPT, report)]                          # Eq. 2
+    chosen = rng.permutation(len(regions))[:n_regions]
+    return [location_aware_row(task, regions[i]) for i in chosen]
 
 
-def read_manifest(data, split=None):
-    """The rows of a manifest (of one split), each checked, plus "path": the image's full path.
-
-    Raises DataError with file, line, what was found and wanted, for the first wrong row."""
-    path, rows = manifest_path(data), []
-    for number, row, problem in scan_manifest(data):
-        if problem:
-            raise DataError(f"{path}:{number}: {problem}")
-        if split in (None, row["split"]):
-            rows.append({**row, "report": " ".join((row.get("report") or "").split()),
-                         "regions": row.get("regions") or [],
-                         "path": str(path.parent / row["image"])})
-    if not rows:
-        raise DataError(f"{path}: no rows" + (f" with split {split!r}" if split else ""))
-    return rows
+def location_aware_row(task, region):
+    """(task, prompt, target): grounding (Eq. 3, phrase to boxes) or its swap, dense captioning."""
+    phrase, boxes = region["phrase"], boxes_to_text(region["boxes"])
+    if task == "g":
+        return "g", GROUNDING_PROMPT.format(phrase=phrase), boxes          # p(b | I, P_g, s)
+    return "d", DENSE_CAPTIONING_PROMPT.format(boxes=boxes), phrase        # p(s | I, P_d, b)
 
 
-# ---- images: any mode to 8-bit grey -------------------------------------------------------------
-
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
-              Image.DecompressionBombWarning)
-
-
-def window_film(values):
-    """(h, w) numbers -> (h, w) uint8: percentiles 0.5 to 99.5 to 0..255, as a reader windows."""
-    values = np.nan_to_num(np.asarray(values, np.float32), posinf=0, neginf=0)
-    low, high = np.percentile(values, (0.5, 99.5))
-    if high <= low:
-        low, high = values.min(), max(values.max(), values.min() + 1)
-    return (np.clip((values - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
-
-
-def load_image(path, size=None):
-    """Read an image of any mode as a grey 8-bit film, stretched to (size, size) if a size is given.
-
-    path: of a file, or a PIL image. 16-bit, 32-bit and float films, and 8-bit ones that use less
-    than a quarter of the range, are windowed by percentiles; transparency is black. Raises
-    DataError, with the path, if it cannot."""
-    try:
-        with path.copy() if isinstance(path, Image.Image) else Image.open(path) as image:
-            if size and image.format == "JPEG":
-                image.draft("L", (size, size))                 # JPEG: decode at 1/2, 1/4 or 1/8
-            image.load()
-            if image.mode.startswith("I") or image.mode == "F":
-                image = Image.fromarray(window_film(image))
-            elif "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.composite(image.convert("L"), Image.new("L", image.size),
-                                        image.getchannel("A"))
-            image = image.convert("L")
-    except UNREADABLE as error:
-        raise DataError(f"{path}: cannot be read as an image "
-                        f"({str(error) or type(error).__name__})")
-    low, high = image.getextrema()
-    if 0 < high - low < 64:
-        image = Image.fromarray(window_film(image))
-    return image.resize((size, size), Image.Resampling.BILINEAR) if size else image
-
-
-def augment(image, regions, size, strength, rng):
-    """Crop or pad, brighten and contrast a film, and move its boxes along; not stated in the paper.
-
-    At strength 1 the window is 0.75 to 1.25 of the film a side. Never a flip, which would swap left
-    and right. A region that loses over a third of a box's area is dropped. image: PIL "L".
-    -> (size, size) uint8, regions."""
-    vary = lambda low, high, n=None: strength * rng.uniform(low, high, n)
-    w, h = (1 + vary(-0.25, 0.25)) * (1 + vary(-0.07, 0.07, 2))                # of the film, a side
-    x, y = rng.uniform(min(0, 1 - w), max(0, 1 - w)), rng.uniform(min(0, 1 - h), max(0, 1 - h))
-    window = np.array([x, y, x + w, y + h]) * np.array(image.size * 2)
-    image = image.transform((size, size), Image.Transform.EXTENT, window, Image.Resampling.BILINEAR)
-    levels = (np.arange(256) - 128) * (1 + vary(-0.25, 0.3)) + 128 + vary(-25, 25)
-    film = levels.clip(0, 255).astype(np.uint8)[np.asarray(image)]
-    kept = []
-    for region in regions:
-        boxes = (np.array(region["boxes"]).reshape(-1, 4) - [x, y, x, y]) / [w, h, w, h]
-        inside = boxes.clip(0, 1)
-        area, left = (np.prod(b[:, 2:] - b[:, :2], axis=1) for b in (boxes, inside))
-        if (left > area * 2 / 3).all():
-            kept.append({**region, "boxes": inside.tolist()})
-    return film, kept
-
-
-# ---- pictures of films with their boxes ---------------------------------------------------------
-
-def draw_boxes(film, regions):
-    """Draw boxes, and the start of their phrases above them, on a film (PIL "RGB"), in place."""
-    pen, (w, h), font = ImageDraw.Draw(film), film.size, ImageFont.load_default(13)
-    boxes = [([x0 * (w - 1), y0 * (h - 1), x1 * (w - 1), y1 * (h - 1)],
-              textwrap.shorten(region["phrase"], 44, placeholder=" ..."))
-             for region in regions for x0, y0, x1, y1 in region["boxes"]]
-    for (x, y, *_), phrase in boxes:
-        place = max(2, min(x, w - 4 - pen.textlength(phrase, font))), y - 17 if y > 19 else y + 3
-        pen.text(place, phrase, "yellow", font, stroke_width=2, stroke_fill="black")
-    for box, _ in boxes:                                       # last: no phrase hides an edge
-        pen.rectangle(box, outline="yellow", width=2)
-
-
-def tile(cells, columns):
-    """Pictures of one size, row by row on one sheet -> PIL image."""
-    w, h = cells[0].size
-    sheet = Image.new("RGB", (w * min(columns, len(cells)), h * math.ceil(len(cells) / columns)))
-    for n, cell in enumerate(cells):
-        sheet.paste(cell, (n % columns * w, n // columns * h))
-    return sheet
-
-
-# ---- samples: what one image gives a training step ----------------------------------------------
+# ---- sentences and sub-reports -------------------------------------------------------------------
 
 def split_sentences(report):
     """Sentences of a report: cut after . ! or ? before white space and a capital or a digit."""
@@ -316,45 +188,91 @@ def sub_reports(report, length=5):
 
 
 def sub_report_table(rows):
-    """Table 1's films and texts: of each study the first image with a report, and its sub-reports.
+    """Table 1's images and texts: of each study the first image with a report, and its sub-reports.
 
-    -> images: indices into rows; texts; owner: (texts,) the place in images of each text's film."""
-    first_of_study = {row["study"]: i for i, row in reversed(list(enumerate(rows)))
-                      if row["report"]}
-    images = sorted(first_of_study.values())
+    -> images: indices into rows; texts; owner: (texts,) the index in images of each text's image.
+    """
+    first_of_study = {}
+    for i, row in enumerate(rows):
+        if row["report"]:
+            first_of_study.setdefault(row["study"], i)
+    images = list(first_of_study.values())
     pairs = [(n, text) for n, i in enumerate(images) for text in sub_reports(rows[i]["report"])]
     return images, [text for _, text in pairs], np.array([n for n, _ in pairs], int)
 
 
-def possible_tasks(row, objectives=TASKS):
-    """The tau that a row can serve: c wants a report, g and d want a region with boxes."""
-    boxed = any(region["boxes"] for region in row["regions"])
-    return [t for t in TASKS if t in objectives and (row["report"] if t == "c" else boxed)]
+# ---- images: any mode to 8-bit grey, and augmentation --------------------------------------------
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def sample_tasks(report, regions, objectives, n_regions, rng):
-    """Draw tau, then its (task, prompt, target) rows: one report, or up to n_regions regions."""
-    regions = [region for region in regions if region["boxes"]]
-    tasks = possible_tasks({"report": report, "regions": regions}, objectives)
-    if not tasks:
-        return []
-    weight = np.array([TASK_WEIGHT[t] for t in tasks], float)
-    task = tasks[rng.choice(len(tasks), p=weight / weight.sum())]
-    if task == "c":
-        return [("c", CAPTIONING_PROMPT, report)]
-    chosen = rng.permutation(len(regions))[:n_regions]
-    return [location_aware_row(task, regions[i]) for i in chosen]
+def window_levels(values):
+    """(h, w) numbers -> (h, w) uint8: percentiles 0.5 to 99.5 to 0..255, as a radiologist does."""
+    values = np.nan_to_num(np.asarray(values, np.float32), posinf=0, neginf=0)
+    low, high = np.percentile(values, (0.5, 99.5))
+    if high <= low:
+        low, high = values.min(), max(values.max(), values.min() + 1)
+    return (np.clip((values - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
 
 
-def location_aware_row(task, region):
-    """(task, prompt, target): grounding (Eq. 3, phrase to boxes) or its swap, dense captioning."""
-    phrase, boxes = region["phrase"], boxes_to_text(region["boxes"])
-    if task == "g":
-        return "g", GROUNDING_PROMPT.format(phrase=phrase), boxes
-    return "d", DENSE_CAPTIONING_PROMPT.format(boxes=boxes), phrase
+def load_image(path, size=None):
+    """Read an image of any mode as 8-bit grey (PIL "L"), stretched to (size, size) if given.
+
+    path: of a file, or a PIL image. 16-bit, 32-bit and float images, and 8-bit ones that use less
+    than a quarter of the range, are windowed by percentiles; transparency is black. Raises
+    InputError, with the path, if it cannot be read."""
+    try:
+        with path.copy() if isinstance(path, Image.Image) else Image.open(path) as image:
+            if size and image.format == "JPEG":
+                image.draft("L", (size, size))                 # JPEG: decode at 1/2, 1/4 or 1/8
+            image.load()
+            if image.mode.startswith("I") or image.mode == "F":
+                image = Image.fromarray(window_levels(image))
+            elif "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.composite(image.convert("L"), Image.new("L", image.size),
+                                        image.getchannel("A"))
+            image = image.convert("L")
+    except UNREADABLE as error:
+        hint = "; a DICOM file: convert it to PNG first" if is_dicom(path) else ""
+        raise InputError(f"{path}: cannot be read as an image ({first_line(error)}){hint}")
+    low, high = image.getextrema()
+    if 0 < high - low < 64:
+        image = Image.fromarray(window_levels(image))
+    return image.resize((size, size), Image.Resampling.BILINEAR) if size else image
 
 
-# ---- tokens -------------------------------------------------------------------------------------
+def augment(image, regions, size, strength, rng):
+    """Crop or pad, brighten and contrast an image, and move its boxes along; not stated in the
+    paper.
+
+    image: PIL "L" of any size. -> ((size, size) uint8, regions). At strength 1 the window is 0.75
+    to 1.25 of the image a side. Never a flip, which would swap left and right. A region that loses
+    over a third of a box's area is dropped."""
+    def vary(low, high, n=None):
+        return strength * rng.uniform(low, high, n)
+    # The window (x, y, w, h) in fractions of the image; where it is larger, black is padded.
+    w, h = (1 + vary(-0.25, 0.25)) * (1 + vary(-0.07, 0.07, 2))
+    x, y = rng.uniform(min(0, 1 - w), max(0, 1 - w)), rng.uniform(min(0, 1 - h), max(0, 1 - h))
+    window = np.array([x, y, x + w, y + h]) * np.array(image.size * 2)
+    image = image.transform((size, size), Image.Transform.EXTENT, window, Image.Resampling.BILINEAR)
+    # Contrast and brightness as a table of the 256 grey levels.
+    levels = (np.arange(256) - 128) * (1 + vary(-0.25, 0.3)) + 128 + vary(-25, 25)
+    pixels = levels.clip(0, 255).astype(np.uint8)[np.asarray(image)]           # (size, size)
+    kept = []
+    for region in regions:
+        boxes = (np.array(region["boxes"]).reshape(-1, 4) - [x, y, x, y]) / [w, h, w, h]
+        inside = boxes.clip(0, 1)                                              # (N, 4)
+        area, left = (np.prod(b[:, 2:] - b[:, :2], axis=1) for b in (boxes, inside))
+        if (left > area * 2 / 3).all():
+            kept.append({**region, "boxes": inside.tolist()})
+    return pixels, kept
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+PROMPT_TOKENS = 256                     # of a prompt, which is a phrase or some boxes
+
 
 @functools.lru_cache(maxsize=100_000)
 def plain_ids(tokenizer, text):
@@ -363,8 +281,9 @@ def plain_ids(tokenizer, text):
 
 
 def text_ids(tokenizer, texts, length):
-    """Texts -> (B, length) ids for the text encoder, as SigLIP 2 wants them: lower case, no <bos>,
-    <eos> kept when cut, padded on the right, no mask (it pools at the last position)."""
+    """Texts -> (B, length) ids for the text encoder, as SigLIP 2 expects them: lower case, no
+    <bos>, <eos> kept when cut, padded on the right, no mask (it pools at the last position)."""
+    import torch
     ids = torch.full((len(texts), length), tokenizer.pad_token_id)
     for row, text in zip(ids, texts):
         tokens = plain_ids(tokenizer, text.lower())[:length - 1] + [tokenizer.eos_token_id]
@@ -374,7 +293,221 @@ def text_ids(tokenizer, texts, length):
 
 def prompt_ids(tokenizer, prompt):
     """Prompt, then a line break that parts it from the target (not stated in the paper)."""
-    return plain_ids(tokenizer, prompt + "\n")
+    return plain_ids(tokenizer, cut_text(tokenizer, prompt) + "\n")
+
+
+# ---- dataset and batches -------------------------------------------------------------------------
+
+class ChestXrays:
+    """Training samples of manifest rows: a map-style dataset for torch.utils.data.DataLoader.
+
+    Indexed by (epoch, i), which alone fixes the random draws, whatever the order or the workers. A
+    sample: {"image": (size, size) uint8, "path": str, "text": str, "tasks": [(task, prompt,
+    target), ...]}, or {"bad": message} for an unreadable image if skip_bad is set.
+
+    rows: of read_manifest; objectives: of "scgd"; n_regions: at most, of an image in a step;
+    augmented: strength, 0 for none; cached: keep decoded images, for sets that fit in memory."""
+
+    def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
+                 skip_bad=False, seed=0):
+        self.rows, self.size, self.objectives, self.n_regions = rows, size, objectives, n_regions
+        self.augmented, self.skip_bad, self.seed = augmented, skip_bad, seed
+        self.cache = {} if cached else None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def decode(self, i):
+        """The decoded image (PIL "L"), at twice the input size if a window of it will be taken."""
+        if self.cache is not None and i in self.cache:
+            return self.cache[i]
+        image = load_image(self.rows[i]["path"], self.size * (2 if self.augmented else 1))
+        if self.cache is not None:
+            self.cache[i] = image
+        return image
+
+    def __getitem__(self, key):
+        epoch, i = key
+        row, rng = self.rows[i], np.random.default_rng([self.seed, epoch, i])
+        try:
+            image, regions = self.decode(i), row["regions"]
+        except InputError as error:
+            if self.skip_bad:
+                return {"bad": str(error)}
+            raise
+        if self.augmented:
+            image, regions = augment(image, regions, self.size, self.augmented, rng)
+        # T of Eq. 1: sentences of the report; where there is none, the phrases stand in for it.
+        sentences = split_sentences(row["report"]) or [r["phrase"] for r in row["regions"]]
+        return {"image": np.array(image), "path": row["path"],                 # (S, S) uint8
+                "text": " ".join(sample_sentences(sentences, rng)),
+                "tasks": sample_tasks(row["report"], regions, self.objectives, self.n_regions, rng)}
+
+
+class Collate:
+    """Samples -> a batch of tensors. B images, R rows of the LLM, L tokens of the longest row.
+
+    image (B, S, S) uint8; text (B, T) ids, if there is a text tokenizer; ids (R, L): prompt,
+    target, <eos>, padding; is_target (R, L): target and <eos>; image_of_row (R,); task_of_row (R,):
+    index in losses.TASKS; paths: of the images; bad: messages."""
+
+    def __init__(self, text_tokenizer, text_length, llm_tokenizer, max_target):
+        self.text_tokenizer, self.text_length = text_tokenizer, text_length
+        self.llm_tokenizer, self.max_target = llm_tokenizer, max_target
+
+    def __call__(self, samples):
+        import torch
+
+        from losses import TASKS
+        bad = [s["bad"] for s in samples if "bad" in s]
+        samples = [s for s in samples if "bad" not in s]
+        if not samples:
+            return {"image": torch.zeros(0), "bad": bad}
+        rows = [(i, *task) for i, sample in enumerate(samples) for task in sample["tasks"]]
+        ids, is_target = self.pad([(prompt, target) for *_, prompt, target in rows])
+        batch = {"image": torch.from_numpy(np.stack([s["image"] for s in samples])),   # (B, S, S)
+                 "ids": ids, "is_target": is_target,                                   # (R, L)
+                 "image_of_row": torch.tensor([i for i, *_ in rows], dtype=torch.long),
+                 "task_of_row": torch.tensor([TASKS.index(task) for _, task, *_ in rows],
+                                             dtype=torch.long),
+                 "bad": bad, "paths": [s["path"] for s in samples]}
+        if self.text_tokenizer:
+            batch["text"] = text_ids(self.text_tokenizer, [s["text"] for s in samples],
+                                     self.text_length)                                 # (B, T)
+        return batch
+
+    def pad(self, pairs):
+        """(prompt, target) texts of the R rows -> ids (R, L), is_target (R, L), padded right."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+        ids, is_target = [], []
+        for prompt, target in pairs:
+            prompt = prompt_ids(self.llm_tokenizer, prompt)
+            target = plain_ids(self.llm_tokenizer, target) + [self.llm_tokenizer.eos_token_id]
+            target = target[:self.max_target]                  # a target that is cut has no <eos>
+            ids.append(torch.tensor(prompt + target))
+            is_target.append(torch.arange(len(prompt + target)) >= len(prompt))
+        if not pairs:                                          # contrastive learning alone
+            return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
+        return (pad_sequence(ids, batch_first=True, padding_value=self.llm_tokenizer.pad_token_id),
+                pad_sequence(is_target, batch_first=True, padding_value=False))
+
+
+# ==================================================================================================
+# Nothing below is needed to read the paper: pictures, the phantom, converters, the check, commands.
+# ==================================================================================================
+
+
+# ---- reading a manifest: what is checked ---------------------------------------------------------
+
+ROW_KEYS, REGION_KEYS = ("image", "study", "patient", "split", "report", "regions"), ("phrase", "boxes")
+
+
+def parse_line(line):
+    """A line of a manifest -> (JSON value, None), or (None, what is invalid about it)."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:                        # read with surrogateescape
+        byte = ord(line[error.start]) & 0xFF
+        return None, f"not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8"
+    try:
+        row = json.loads(line)
+        if "\\u" in line:                                      # half a surrogate pair is no text
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {first_line(error)}"
+    return row, None
+
+
+def scan_manifest(data):
+    """Yield (line number, row or None, problem or None) for each line of a manifest."""
+    path, first = manifest_path(data), True
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            if first and line.lstrip().startswith("["):
+                yield number, None, "a JSON array, expected one JSON object a line (JSON Lines)"
+                return
+            first = False
+            row, problem = parse_line(line)
+            yield number, row, problem or row_problem(row, path.parent)
+
+
+def row_problem(row, folder):
+    """What is invalid about a row of the manifest, in words; None if it is valid."""
+    if not isinstance(row, dict):
+        return f"expected a JSON object, got {type(row).__name__}"
+    for key in ("image", "study", "patient", "split"):
+        if not (isinstance(row.get(key), str) and row[key]):
+            return f"{key!r} is {row.get(key)!r:.80}, expected text"
+    if row["split"] not in SPLITS:
+        return f"'split' is {row['split']!r:.80}, expected one of {', '.join(SPLITS)}"
+    if not isinstance(row.get("report"), (str, type(None))):
+        return f"'report' is {row['report']!r:.80}, expected text"
+    if not isinstance(row.get("regions"), (list, type(None))):
+        return f"'regions' is {row['regions']!r:.80}, expected a list"
+    for region in row.get("regions") or []:
+        if problem := region_problem(region):
+            return problem
+    if not (folder / row["image"]).is_file():
+        return f"image {folder / row['image']} does not exist"
+    return None
+
+
+def region_problem(region):
+    """What is invalid about a region of a row, in words; None if it is valid."""
+    if not isinstance(region, dict) or not isinstance(region.get("boxes"), list) \
+            or not isinstance(region.get("phrase"), str) or not region["phrase"].strip():
+        return (f"region {region!r:.120}, expected {{'phrase': text, "
+                "'boxes': [[x0, y0, x1, y1], ...]}")
+    for box in region["boxes"]:
+        if problem := box_problem(box):
+            return (f"box {box!r:.120} of {region['phrase']!r:.80} {problem}; "
+                    "expected [x0, y0, x1, y1] in [0, 1]")
+    return None
+
+
+def find_row(rows, image):
+    """The row of read_manifest whose image is this file, by its path, else by its bytes; or None.
+
+    So a copy of an image of the set is recognized too."""
+    places = {os.path.abspath(image), os.path.realpath(image)}
+    size = os.path.getsize(image)
+    for row in rows:
+        if os.path.abspath(row["path"]) in places:
+            return row
+    for row in rows:
+        if os.path.getsize(row["path"]) == size and filecmp.cmp(row["path"], image, shallow=False):
+            return row
+    return None
+
+
+def is_dicom(path):
+    """Whether a file has DICOM's mark, after 128 bytes, or its suffix."""
+    with contextlib.suppress(OSError, TypeError):              # TypeError: path is a PIL image
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM" or str(path).lower().endswith(".dcm")
+    return False
+
+
+# ---- text: long prompts, and a tokenizer for models trained from scratch -------------------------
+
+def cut_text(tokenizer, text, length=PROMPT_TOKENS):
+    """Cut a text to its first `length` tokens; the first time, say so on stderr."""
+    if len(text.encode()) <= length:                           # a token has at least one byte
+        return text
+    ids = plain_ids(tokenizer, text)
+    if len(ids) <= length:
+        return text
+    say_once(f"note: a prompt or phrase of over {length} tokens is cut to its first {length}")
+    return tokenizer.decode(ids[:length])
+
+
+@functools.cache
+def say_once(text):
+    """Print a line on stderr, once a process."""
+    print(text, file=sys.stderr)
 
 
 def learn_tokenizer(texts, vocab_size):
@@ -385,6 +518,7 @@ def learn_tokenizer(texts, vocab_size):
     bytes_only = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
                                unk_token="<unk>")
     texts = [re.sub(r"\d", " ", text) for text in texts]
+    # Lower case too: the text encoder reads nothing else.
     return bytes_only.train_new_from_iterator(texts + [t.lower() for t in texts], vocab_size,
                                               show_progress=False)
 
@@ -395,89 +529,68 @@ def tokenizer_texts(rows):
     return prompts + [r["report"] for r in rows] + [g["phrase"] for r in rows for g in r["regions"]]
 
 
-# ---- dataset and batches ------------------------------------------------------------------------
+# ---- pictures of images with their boxes ---------------------------------------------------------
 
-class ChestXrays(torch.utils.data.Dataset):
-    """Training samples of manifest rows; indexed by (epoch, i), which alone fixes the random draws.
+def draw_boxes(image, regions):
+    """Draw boxes, and the start of their phrases above them, on an image (PIL "RGB"), in place."""
+    pen, (w, h), font = ImageDraw.Draw(image), image.size, ImageFont.load_default(13)
+    boxes = [([x0 * (w - 1), y0 * (h - 1), x1 * (w - 1), y1 * (h - 1)],
+              textwrap.shorten(region["phrase"], 44, placeholder=" ..."))
+             for region in regions for x0, y0, x1, y1 in region["boxes"]]
+    for (x, y, *_), phrase in boxes:
+        place = max(2, min(x, w - 4 - pen.textlength(phrase, font))), y - 17 if y > 19 else y + 3
+        pen.text(place, phrase, "yellow", font, stroke_width=2, stroke_fill="black")
+    for box, _ in boxes:                                       # last: no phrase hides an edge
+        pen.rectangle(box, outline="yellow", width=2)
 
-    A sample: {"image": (size, size) uint8, "path": str, "text": str, "tasks": [(task, prompt,
-    target), ...]}, or {"bad": message} for an unreadable image when skip_bad is set."""
 
-    def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
-                 skip_bad=False, seed=0):
-        self.rows, self.size, self.objectives, self.n_regions = rows, size, objectives, n_regions
-        self.augmented, self.skip_bad, self.seed = augmented, skip_bad, seed
-        self.cache = {} if cached else None                    # decoded films, for sets that fit
+def tile(cells, columns):
+    """Pictures of one size, row by row on one sheet -> PIL image."""
+    w, h = cells[0].size
+    sheet = Image.new("RGB", (w * min(columns, len(cells)), h * math.ceil(len(cells) / columns)))
+    for n, cell in enumerate(cells):
+        sheet.paste(cell, (n % columns * w, n // columns * h))
+    return sheet
 
-    def __len__(self):
-        return len(self.rows)
 
-    def film(self, i):
-        """The decoded film, at twice the input size if a window of it will be taken."""
-        if self.cache is not None and i in self.cache:
-            return self.cache[i]
-        film = load_image(self.rows[i]["path"], self.size * (2 if self.augmented else 1))
-        if self.cache is not None:
-            self.cache[i] = film
-        return film
+# ---- work in parallel ----------------------------------------------------------------------------
 
-    def __getitem__(self, key):
-        epoch, i = key
-        row, rng = self.rows[i], np.random.default_rng([self.seed, epoch, i])
+def map_ahead(pool, function, items, ahead):
+    """Yield function(item) in order from an executor, which is at most `ahead` items ahead.
+
+    So neither the items nor the results of a large set are all in memory at once."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def start_worker():
+    """A worker process leaves Ctrl-C to its parent, and ends with it even if that is killed."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def map_processes(function, items, workers):
+    """Yield function(item) in order, from a process pool if there is more than one worker."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         try:
-            film, regions = self.film(i), row["regions"]
-        except DataError as error:
-            if self.skip_bad:
-                return {"bad": str(error)}
-            raise
-        if self.augmented:
-            film, regions = augment(film, regions, self.size, self.augmented, rng)
-        sentences = split_sentences(row["report"]) or [r["phrase"] for r in row["regions"]]
-        return {"image": torch.from_numpy(np.array(film)), "path": row["path"],
-                "text": " ".join(sample_sentences(sentences, rng)),
-                "tasks": sample_tasks(row["report"], regions, self.objectives, self.n_regions, rng)}
+            yield from map_ahead(pool, function, items, 2 * workers)
+        except BrokenProcessPool:
+            raise InputError("a worker process was killed, perhaps because memory ran out; run the "
+                             "same command with fewer --workers: it continues where it was")
 
 
-class Collate:
-    """Samples -> a batch of tensors. B images, R rows of the LLM, L tokens of the longest row.
-
-    image (B, S, S) uint8; text (B, T) ids, if there is a text tokenizer; ids (R, L): prompt,
-    target, <eos>, padding; is_target (R, L): target and <eos>; image_of_row (R,); task_of_row (R,):
-    index in TASKS; paths: of the images; bad: messages."""
-
-    def __init__(self, text_tokenizer, text_length, llm_tokenizer, max_target):
-        self.text_tokenizer, self.text_length = text_tokenizer, text_length
-        self.llm_tokenizer, self.max_target = llm_tokenizer, max_target
-
-    def __call__(self, samples):
-        bad = [s["bad"] for s in samples if "bad" in s]
-        samples = [s for s in samples if "bad" not in s]
-        if not samples:
-            return {"image": torch.zeros(0), "bad": bad}
-        rows = [(i, *task) for i, sample in enumerate(samples) for task in sample["tasks"]]
-        prompts = [prompt_ids(self.llm_tokenizer, prompt) for _, _, prompt, _ in rows]
-        targets = [(plain_ids(self.llm_tokenizer, target) + [self.llm_tokenizer.eos_token_id])
-                   [:self.max_target] for *_, target in rows]  # a cut target has no <eos>
-        length = max((len(p) + len(t) for p, t in zip(prompts, targets)), default=0)
-        ids = torch.full((len(rows), length), self.llm_tokenizer.pad_token_id)
-        is_target = torch.zeros(len(rows), length, dtype=torch.bool)
-        for r, (prompt, target) in enumerate(zip(prompts, targets)):
-            end = len(prompt) + len(target)
-            ids[r, :end] = torch.tensor(prompt + target)
-            is_target[r, len(prompt):end] = True
-        batch = {"image": torch.stack([s["image"] for s in samples]),
-                 "ids": ids, "is_target": is_target,
-                 "image_of_row": torch.tensor([row[0] for row in rows], dtype=torch.long),
-                 "task_of_row": torch.tensor([TASKS.index(row[1]) for row in rows],
-                                             dtype=torch.long),
-                 "bad": bad, "paths": [s["path"] for s in samples]}
-        if self.text_tokenizer:
-            batch["text"] = text_ids(self.text_tokenizer, [s["text"] for s in samples],
-                                     self.text_length)
-        return batch
-
-
-# ---- the phantom: drawn chest films -------------------------------------------------------------
+# ---- the phantom: drawn chest X-rays -------------------------------------------------------------
 # Body frame: x from the patient's right (-1) to left (1), which is the picture's left to right;
 # y from the shoulders (-1) to the abdomen (1).
 
@@ -499,11 +612,11 @@ ABSENT = {"nodule": "No nodule.", "cavity": "No cavity.", "consolidation": "No c
           "pacemaker": "No implanted device.", "heart": "Normal heart size."}
 SENTENCES = 3                       # on findings, there or not, in a phantom's report
 POSITION = "{view} view, chest {y} and {x}."                    # in half of the reports
-BODY_WIDTH, BODY_SHIFT = (.70, 1.06), .12                       # fractions of the film; each way
+BODY_WIDTH, BODY_SHIFT = (.70, 1.06), .12                       # fractions of the image; each way
 
 
-class Film:
-    """A film being drawn: (n, n) brightness, and the frame that places the body on it."""
+class Canvas:
+    """A chest X-ray being drawn: (n, n) brightness, and the frame that places the body on it."""
 
     def __init__(self, rng, n):
         self.rng, self.n = rng, n
@@ -512,8 +625,8 @@ class Film:
         self.pixels = np.full((n, n), 14, np.float32)
 
     def position(self):
-        """The sentence that says how the body lies on the film: how much of its width it takes, and
-        where its middle is, each by thirds of the range. Right and left are the patient's."""
+        """The sentence that says how the body lies in the image: how much of its width it takes,
+        and where its middle is, each by thirds of the range. Right and left are the patient's."""
         def third(value, low, high, *words):
             return words[min(2, int(3 * (value - low) / (high - low)))]
         x, y = self.centre - .5
@@ -523,11 +636,11 @@ class Film:
             x=third(x, -BODY_SHIFT, BODY_SHIFT, "right", "central", "left"))
 
     def place(self, points):
-        """Body frame -> fractions of the film."""
+        """Body frame -> fractions of the image."""
         return self.centre + self.scale * np.asarray(points, float)
 
     def mask(self, *shapes, blur=0, line=0):
-        """Filled polygons, or lines of that width (film fraction), blurred: (n, n) in [0, 1]."""
+        """Filled polygons, or lines of that width (image fraction), blurred: (n, n) in [0, 1]."""
         layer = Image.new("L", (self.n, self.n))
         for points in shapes:
             corners = [tuple(p) for p in self.place(points) * self.n]
@@ -543,7 +656,7 @@ class Film:
         self.pixels += mask * value
 
     def box(self, points):
-        """The manifest's box around points of the body frame, clipped to the film."""
+        """The manifest's box around points of the body frame, clipped to the image."""
         points = self.place(points).clip(0, 1)
         return [round(float(v), 4) for v in (*points.min(0), *points.max(0))]
 
@@ -551,6 +664,11 @@ class Film:
 def mirror(points, side):
     """Points drawn on the patient's right, moved to the side asked for."""
     return [(x if side == "right" else -x, y) for x, y in points]
+
+
+def on_both_sides(lines):
+    """Lines drawn on the patient's right, and the same on the left."""
+    return lines + [mirror(points, "left") for points in lines]
 
 
 def noise(rng, grid, n, std):
@@ -566,91 +684,94 @@ def ellipse(x, y, rx, ry, wobble=None, steps=28):
     return np.stack([x + rx * radius * np.cos(angle), y + ry * radius * np.sin(angle)], 1)
 
 
-def draw_anatomy(film, heart):
+def draw_anatomy(canvas, heart):
     """Body, lungs, spine, trachea, ribs, clavicles, vessels and heart (its outline is given)."""
-    rng, wide = film.rng, 2 * film.scale[0]
+    rng, wide = canvas.rng, 2 * canvas.scale[0]
     torso = [(-.30, -1.3), (-.34, -.98), (-.86, -.82), (-1.02, -.3), (-.95, 1.6)]
-    film.add(film.mask(torso + mirror(torso, "left")[::-1], blur=.02), rng.uniform(118, 138))
-    lungs = film.mask(RIGHT_LUNG, mirror(RIGHT_LUNG, "left"), blur=.008)
-    film.add(lungs, -rng.uniform(82, 92))
-    film.add(film.mask([(-.10, -1.1), (.10, -1.1), (.12, 1.3), (-.12, 1.3)], blur=.02), 38)
-    film.add(film.mask([(-.035, -1.1), (.035, -1.1), (.03, -.42), (-.03, -.42)], blur=.008), -26)
-    both = lambda lines: lines + [mirror(points, "left") for points in lines]
+    canvas.add(canvas.mask(torso + mirror(torso, "left")[::-1], blur=.02), rng.uniform(118, 138))
+    lungs = canvas.mask(RIGHT_LUNG, mirror(RIGHT_LUNG, "left"), blur=.008)
+    canvas.add(lungs, -rng.uniform(82, 92))
+    canvas.add(canvas.mask([(-.10, -1.1), (.10, -1.1), (.12, 1.3), (-.12, 1.3)], blur=.02), 38)
+    canvas.add(canvas.mask([(-.035, -1.1), (.035, -1.1), (.03, -.42), (-.03, -.42)], blur=.008), -26)
     ribs = [[(-.10, y - .05), (-.32, y - .10), (-.55, y - .02), (-.72, y + .16)]
             for y in np.arange(-.66, .5, .155)]
-    film.add(film.mask(*both(ribs), blur=.004, line=.016 * wide), 13)
-    film.add(film.mask(*both([[(-.08, -.60), (-.35, -.70), (-.74, -.80)]]), blur=.004,
+    canvas.add(canvas.mask(*on_both_sides(ribs), blur=.004, line=.016 * wide), 13)
+    canvas.add(canvas.mask(*on_both_sides([[(-.08, -.60), (-.35, -.70), (-.74, -.80)]]), blur=.004,
                        line=.03 * wide), 24)
     roots = [(-.2, y) for y in rng.uniform(-.15, .1, 14)]
     vessels = [[(x, y), (x - rng.uniform(.1, .36), y + rng.uniform(-.4, .3))] for x, y in roots]
     vessels = vessels[:7] + [mirror(points, "left") for points in vessels[7:]]
-    film.add(film.mask(*vessels, blur=.006, line=.012) * lungs, 20)
-    film.add(film.mask(heart, blur=.014), 66)
+    canvas.add(canvas.mask(*vessels, blur=.006, line=.012) * lungs, 20)
+    canvas.add(canvas.mask(heart, blur=.014), 66)
 
 
-def place_in_zone(film, side, zone):
+def place_in_zone(canvas, side, zone):
     """Where in a zone a finding sits, anywhere in it: its centre in the body frame."""
-    x = film.rng.uniform(-.55, -.30)
-    return (x if side == "right" else -x), ZONES[zone] + film.rng.uniform(-.14, .14)
+    x = canvas.rng.uniform(-.55, -.30)
+    return (x if side == "right" else -x), ZONES[zone] + canvas.rng.uniform(-.14, .14)
 
 
-def draw_nodule(film, side, zone, width):
-    outline = ellipse(*place_in_zone(film, side, zone), width / 2, width / 2)
-    film.add(film.mask(outline, blur=.006), 112)
-    return [outline]
+def draw_nodule(canvas, side, zone, width):
+    outline = ellipse(*place_in_zone(canvas, side, zone), width / 2, width / 2)
+    canvas.add(canvas.mask(outline, blur=.006), 112)
+    return outline
 
 
-def draw_cavity(film, side, zone, width):
-    x, y = place_in_zone(film, side, zone)
-    outline = ellipse(x, y, width / 2, width / 2 * film.rng.uniform(.8, 1.2))
+def draw_cavity(canvas, side, zone, width):
+    x, y = place_in_zone(canvas, side, zone)
+    outline = ellipse(x, y, width / 2, width / 2 * canvas.rng.uniform(.8, 1.2))
     inside = (outline - (x, y)) * .55 + (x, y)
-    film.add(film.mask(outline, blur=.005) - film.mask(inside, blur=.005), 112)
-    film.add(film.mask(inside, blur=.005), -30)
-    return [outline]
+    canvas.add(canvas.mask(outline, blur=.005) - canvas.mask(inside, blur=.005), 112)
+    canvas.add(canvas.mask(inside, blur=.005), -30)
+    return outline
 
 
-def draw_consolidation(film, side, zone, width):
-    rng, (x, y) = film.rng, place_in_zone(film, side, zone)
+def draw_consolidation(canvas, side, zone, width):
+    rng, (x, y) = canvas.rng, place_in_zone(canvas, side, zone)
     wobble = 1 + .12 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6)
                               + rng.uniform(0, 6))
     outline = ellipse(x, y, .62 * width, .62 * width * rng.uniform(.55, .85), wobble)
-    film.add(film.mask(outline, blur=.012) * (1 + noise(rng, 24, film.n, .3)), 66)
-    return [outline]
+    canvas.add(canvas.mask(outline, blur=.012) * (1 + noise(rng, 24, canvas.n, .3)), 66)
+    return outline
 
 
-def draw_effusion(film, side, _, width):
-    top = .50 - 1.5 * (width - .12) * film.rng.uniform(.9, 1.1)
+def draw_effusion(canvas, side, _, width):
+    top = .50 - 1.5 * (width - .12) * canvas.rng.uniform(.9, 1.1)
     outline = mirror([(-.75, top), (-.62, top + .10), (-.40, top + .16), (-.15, top + .17),
                       (-.13, .52), (-.74, .58)], side)
-    film.add(film.mask(outline, blur=.010), 92)
-    return [outline]
+    canvas.add(canvas.mask(outline, blur=.010), 92)
+    return outline
 
 
-def draw_pneumothorax(film, side, _, width):
-    edge, base = width * film.rng.uniform(.6, .8), -.78 + 2 * width * film.rng.uniform(.95, 1.05)
+def draw_pneumothorax(canvas, side, _, width):
+    edge, base = width * canvas.rng.uniform(.6, .8), -.78 + 2 * width * canvas.rng.uniform(.95, 1.05)
     line = [(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge), (-.70, base)]
     outline = mirror([(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
                      + line[::-1], side)
-    film.add(film.mask(outline, blur=.004), -48)
-    film.add(film.mask(mirror(line, side), blur=.002, line=.012), 70)
-    return [outline]
+    canvas.add(canvas.mask(outline, blur=.004), -48)
+    canvas.add(canvas.mask(mirror(line, side), blur=.002, line=.012), 70)
+    return outline
 
 
-def draw_pacemaker(film, side, *_):
-    rng = film.rng
+def draw_pacemaker(canvas, side, *_):
+    rng = canvas.rng
     x, y = rng.uniform(-.70, -.36), rng.uniform(-.72, -.30)
     outline = mirror(ellipse(x, y, rng.uniform(.20, .26), rng.uniform(.16, .21)), side)
     lead = mirror([(x, y), (-.16, y - .1), (-.02, -.1), (-.10 if side == "right" else .10, .38)],
                   side)
-    film.add(film.mask(lead, blur=.002, line=.009), 80)
-    film.add(film.mask(outline, blur=.003), 120)
-    return [outline]
+    canvas.add(canvas.mask(lead, blur=.002, line=.009), 80)
+    canvas.add(canvas.mask(outline, blur=.003), 120)
+    return outline
+
+
+DRAW = {"nodule": draw_nodule, "cavity": draw_cavity, "consolidation": draw_consolidation,
+        "effusion": draw_effusion, "pneumothorax": draw_pneumothorax, "pacemaker": draw_pacemaker}
 
 
 def choose_findings(rng):
     """1 to 3 findings, each as (kind, side, zone, size); a zone, pleura or organ is used once."""
-    taken, findings, wanted = set(), [], rng.choice([1, 2, 3], p=[.15, .65, .2])
-    while len(findings) < wanted:
+    taken, findings, n_findings = set(), [], rng.choice([1, 2, 3], p=[.15, .65, .2])
+    while len(findings) < n_findings:
         kind = rng.choice(list(FINDINGS), p=[.24, .20, .21, .11, .09, .10, .05])
         side, size = rng.choice(["right", "left"]), rng.choice(list(SIZES))
         zone = {"effusion": "lower", "pneumothorax": "upper"}.get(kind) or rng.choice(list(ZONES))
@@ -663,41 +784,38 @@ def choose_findings(rng):
 
 def draw_phantom(rng, n=96):
     """One phantom -> (PIL "L" image of n x n, report, regions)."""
-    film, findings = Film(rng, n), choose_findings(rng)
+    canvas, findings = Canvas(rng, n), choose_findings(rng)
     degree = dict(zip(SIZES, HEART))
     kinds = {kind: size for kind, _, _, size in findings}
     border = HEART[degree[kinds["heart"]]] if "heart" in kinds else .46
     left, top, bottom = -.22 - .3 * (border - .46), -.02, .54
     heart = ellipse((left + border) / 2, (top + bottom) / 2,
                     (border - left) / 2, (bottom - top) / 2)
-    draw_anatomy(film, heart)
-    draw = {"nodule": draw_nodule, "cavity": draw_cavity, "consolidation": draw_consolidation,
-            "effusion": draw_effusion, "pneumothorax": draw_pneumothorax,
-            "pacemaker": draw_pacemaker, "heart": lambda *_: [heart]}
+    draw_anatomy(canvas, heart)
     regions = []
     for kind, side, zone, size in findings:
         width = SIZES[size] * rng.uniform(.94, 1.06)
         phrase = FINDINGS[kind].format(side=side, zone=zone, Size=size.capitalize(),
                                        degree=degree[size])
-        regions.append({"phrase": phrase,
-                        "boxes": [film.box(o) for o in draw[kind](film, side, zone, width)]})
+        outline = heart if kind == "heart" else DRAW[kind](canvas, side, zone, width)
+        regions.append({"phrase": phrase, "boxes": [canvas.box(outline)]})
     absent = rng.permutation([kind for kind in FINDINGS if kind not in kinds])
     sentences = [r["phrase"] for r in regions] + [ABSENT[kind] for kind in absent]
     sentences = sentences[:SENTENCES]
     if rng.integers(2):
-        sentences.append(film.position())
+        sentences.append(canvas.position())
     report = " ".join(rng.permutation(sentences))
-    pixels = (film.pixels * rng.uniform(.85, 1.1)
+    pixels = (canvas.pixels * rng.uniform(.85, 1.1)
               + noise(rng, 2 * n // 3, n, 8) + noise(rng, 5, n, 6))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), report, regions
 
 
 def write_phantom(job):
-    """Draw phantom i of a split and save its film; a process pool's task. Returns the row."""
+    """Draw phantom i of a split and save its image; a process pool's task. Returns the row."""
     out, split, i, seed = job
-    film, report, regions = draw_phantom(np.random.default_rng([seed, SPLITS.index(split), i]))
+    image, report, regions = draw_phantom(np.random.default_rng([seed, SPLITS.index(split), i]))
     name = f"images/{split}_{i:05d}.png"
-    film.save(out / name, compress_level=1)
+    image.save(out / name, compress_level=1)
     study = f"{split}{i:05d}"
     return {"image": name, "study": study, "patient": study, "split": split,
             "report": report, "regions": regions}
@@ -707,22 +825,40 @@ PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
 
 
 def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
-    """Write a phantom data set to a new folder, the same for the same seed. Returns the folder."""
+    """Write a phantom data set to a new folder, the same for the same seed. Returns the folder.
+
+    It is drawn in a folder of its own and renamed: a killed run leaves no half phantom, and of two
+    runs at once the first to finish is kept."""
     out = Path(out)
-    draft = out.with_name(out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    (draft / "images").mkdir(parents=True)
-    jobs = [(draft, split, i, seed) for split, n in sizes.items() for i in range(n)]
-    with (ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_worker) as pool,
-          open(draft / "manifest.jsonl", "w") as manifest):
-        for row in tqdm(pool.map(write_phantom, jobs, chunksize=50), "phantom", len(jobs),
-                        unit="film", disable=quiet):
-            manifest.write(json.dumps(row) + "\n")
-    draft.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        draft = Path(folder, "phantom")                        # its mode is the umask's
+        (draft / "images").mkdir(parents=True)
+        jobs = [(draft, split, i, seed) for split, n in sizes.items() for i in range(n)]
+        with (ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_worker) as pool,
+              open(draft / "manifest.jsonl", "w") as manifest):
+            for row in tqdm(pool.map(write_phantom, jobs, chunksize=50), "phantom", len(jobs),
+                            unit="image", disable=quiet):
+                manifest.write(json.dumps(row) + "\n")
+        try:
+            draft.rename(out)
+        except OSError:
+            if not (out / "manifest.jsonl").exists():
+                raise
     return out
 
 
-# ---- converters: sources read in place, a line or a member at a time ----------------------------
+def is_whole_phantom(folder, sizes=PHANTOM_SIZES):
+    """Whether a folder has a manifest with as many rows of each split as make_phantom writes."""
+    try:
+        with open(manifest_path(folder)) as lines:
+            found = Counter(json.loads(line)["split"] for line in lines)
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
+    return all(found[split] == n for split, n in sizes.items())
+
+
+# ---- converters: sources read in place, a line or a member at a time -----------------------------
 
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, csv.Error, struct.error, zlib.error,
            zipfile.BadZipFile)
@@ -730,20 +866,20 @@ DAMAGED = (OSError, EOFError, ValueError, RuntimeError, csv.Error, struct.error,
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong with a source inside becomes a DataError that names it."""
+    """Turn whatever goes wrong inside with a source into an InputError that names it."""
     try:
         yield
-    except DataError:
+    except InputError:
         raise
     except DAMAGED as error:
-        raise DataError(f"{path}: cannot be read to its end "
-                        f"({getattr(error, 'strerror', None) or error or type(error).__name__}); "
-                        "is the path right and the download whole?")
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path}: cannot be read to its end ({reason}); check the path, or "
+                         "download it again: is the download complete?")
 
 
 @contextlib.contextmanager
 def open_text(path):
-    """A text, plain, .gz or the one .csv of a .zip, without its byte order mark."""
+    """A text file, plain, .gz or the one .csv of a .zip, without its byte order mark."""
     suffix = Path(path).suffix
     with reading(path), contextlib.ExitStack() as stack:
         if suffix == ".zip":
@@ -754,21 +890,22 @@ def open_text(path):
         yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
 
 
-def csv_rows(path, *columns, optional=()):
-    """Yield the named columns of a table's rows; an optional column that it lacks is ""."""
+def csv_rows(path, *columns, ragged=False):
+    """Yield the rows of a table as dicts; short ones, filled with "", only if ragged.
+
+    Raises InputError if one of the columns is missing."""
     csv.field_size_limit(1 << 30)                              # CheXmask: a mask is one field
     with open_text(path) as text:
-        lines = csv.reader(text)
-        header = next(lines, [])
-        if absent := [name for name in columns if name not in header]:
-            raise DataError(f"{path}: no column {absent[0]!r}; it has {', '.join(header)[:200]}")
-        places = [header.index(name) if name in header else -1 for name in (*columns, *optional)]
-        for line in tqdm(filter(None, lines), Path(path).name, unit="row"):
-            if len(line) < len(header):
-                raise DataError(f"{path}:{lines.line_num}: {len(line)} fields, wanted "
-                                f"{len(header)}; is the download whole?")
-            line.append("")
-            yield [line[place] for place in places]
+        table = csv.DictReader(text, restval="" if ragged else None)
+        names = table.fieldnames or []
+        if missing := [name for name in columns if name not in names]:
+            raise InputError(f"{path}: no column {missing[0]!r}, expected one; it has "
+                             f"{', '.join(names)[:200]}")
+        for row in tqdm(table, Path(path).name, unit="row"):
+            if None in row.values():                           # DictReader's mark of a short row
+                raise InputError(f"{path}:{table.line_num}: expected {len(names)} fields, got "
+                                 f"fewer; is the download complete?")
+            yield row
 
 
 def json_items(path, chunk=1 << 20, limit=1 << 26):
@@ -777,7 +914,7 @@ def json_items(path, chunk=1 << 20, limit=1 << 26):
     with open_text(path) as file:
         text = file.read(chunk).lstrip()
         if not text.startswith("["):
-            raise DataError(f"{path}: starts with {text[:20]!r}, wanted a JSON array")
+            raise InputError(f"{path}: expected a JSON array, got {text[:20]!r}")
         while True:
             at = re.compile(r"[\s,]*").match(text, at).end()
             if text.startswith("]", at):
@@ -787,12 +924,12 @@ def json_items(path, chunk=1 << 20, limit=1 << 26):
             except json.JSONDecodeError as error:
                 more = file.read(chunk)
                 if not more or len(text) - at > limit:
-                    raise DataError(f"{path}: item {number} is cut short or not JSON "
-                                    f"({error.msg}); is the download whole?")
+                    raise InputError(f"{path}: item {number} is cut short or not JSON "
+                                     f"({error.msg}); is the download complete?")
                 text, at = text[at:] + more, 0
                 continue
             if not isinstance(item, dict):
-                raise DataError(f"{path}: item {number} is {item!r:.40}, wanted an object")
+                raise InputError(f"{path}: item {number} is {item!r:.40}, expected an object")
             yield item
             number += 1
 
@@ -807,7 +944,7 @@ def members(path, suffix):
     names = {os.path.basename(p): p for p in found if p.endswith(suffix)}
     names = {name: p for name, p in names.items() if not name.startswith(".")}    # macOS adds ._x
     if not names:
-        raise DataError(f"{path}: no *{suffix} in it; wanted a folder or a zip that has some")
+        raise InputError(f"{path}: no *{suffix} in it; expected a folder or a zip with some")
 
     def take(member):
         with reading(f"{path}: {member}"):
@@ -823,7 +960,7 @@ def find(folder, *patterns):
 
 
 def one_line(text):
-    """Text with its white space collapsed; what is no text (None, NaN) is empty."""
+    """Text with its white space collapsed; "" for anything else (None, NaN)."""
     return " ".join(text.split()) if isinstance(text, str) else ""
 
 
@@ -831,11 +968,11 @@ def official_split(value, path):
     """The manifest's name of a split as its authors spell it."""
     names = {"validate": "val", "validation": "val"} | {split: split for split in SPLITS}
     if value not in names:
-        raise DataError(f"{path}: split {value!r}, wanted one of {', '.join(names)}")
+        raise InputError(f"{path}: split {value!r}, expected one of {', '.join(names)}")
     return names[value]
 
 
-# ---- converters: steps they share ---------------------------------------------------------------
+# ---- converters: steps they share ----------------------------------------------------------------
 
 def weighted_boxes_fusion(boxes, iou):
     """Merge boxes that overlap into their mean (Solovyev et al. 2021; scores 1, one source).
@@ -844,7 +981,7 @@ def weighted_boxes_fusion(boxes, iou):
     or opens a new one. (N, 4) -> (M, 4), left to right. (0, 0, .4, .4) and (.2, 0, .6, .4), of
     IoU 1/3, give (.1, 0, .5, .4) at 0.3 and themselves at 0.4. Empty boxes are dropped."""
     joined, fused = [], []
-    for box in reversed([box for box in boxes if box[0] < box[2] and box[1] < box[3]]):
+    for box in reversed(drop_degenerate(boxes)):
         overlap = box_iou(fused, [box])[:, 0] if fused else np.zeros(1)
         best = int(overlap.argmax())
         if overlap[best] > iou:
@@ -857,7 +994,7 @@ def weighted_boxes_fusion(boxes, iou):
 
 
 def make_region(phrase, boxes, scale, split, funnel, iou=None):
-    """Boxes in units of scale (w, h) -> a region, or None if no box is left on the image.
+    """Boxes in units of scale (w, h) -> a region, or None if no box is left in the image.
 
     Boxes are clipped and, with iou, fused; they, and a pair that is dropped, are counted."""
     if not phrase:
@@ -866,10 +1003,10 @@ def make_region(phrase, boxes, scale, split, funnel, iou=None):
     try:
         fractions = np.array(boxes, float).reshape(-1, 4) / (*scale, *scale)
     except (TypeError, ValueError):
-        raise DataError(f"{phrase!r} has boxes {boxes}, wanted lists of 4 numbers")
+        raise InputError(f"{phrase!r} has boxes {boxes}, expected lists of 4 numbers")
     if scale == (1, 1) and (fractions > 2).any():
-        raise DataError(f"{phrase!r} has boxes {boxes}, which look like pixels; wanted fractions")
-    inside = [b for b in fractions.clip(0, 1).round(5).tolist() if b[0] < b[2] and b[1] < b[3]]
+        raise InputError(f"{phrase!r} has boxes {boxes}, which look like pixels; expected fractions")
+    inside = drop_degenerate(fractions.clip(0, 1).round(5).tolist())
     fused = inside if iou is None else weighted_boxes_fusion(inside, iou)
     funnel.update({("boxes", "in", split): len(boxes),
                    ("boxes", "degenerate box", split): len(boxes) - len(inside),
@@ -880,37 +1017,11 @@ def make_region(phrase, boxes, scale, split, funnel, iou=None):
     return {"phrase": phrase, "boxes": [[round(v, 5) for v in box] for box in fused]}
 
 
-def start_worker():
-    """A worker leaves Ctrl-C to its parent, and ends with it even if that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def parallel(work, jobs, workers):
-    """Yield work(job) in order from a process pool that is handed only a few jobs at a time."""
-    if workers == 1:
-        yield from map(work, jobs)
-        return
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-        waiting = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise DataError("a worker process was killed, perhaps for want of memory; the same "
-                            "command with fewer --workers goes on where it was")
-
-
 def shrink(job):
-    """Write a film as an 8-bit JPEG, its short side `size` pixels, unless it is smaller.
+    """Write an image as an 8-bit JPEG, its short side `size` pixels, unless it is smaller.
 
     job: (path or bytes, where to write or None, size, (w, h) or None). -> (w, h), of the original
-    where not given; or, as text, why there is none. Raises DataError if it cannot be written."""
+    where not given; or, as text, why there is none. Raises InputError if it cannot be written."""
     source, target, size, scale = job
     try:
         if not target and scale:
@@ -921,105 +1032,133 @@ def shrink(job):
                 factor = min(1, size / min(image.size))
                 small = [max(1, round(factor * side)) for side in image.size]
                 image.draft("L", small)                        # JPEG: decode at 1/2, 1/4 or 1/8
-                film = load_image(image).resize(small, Image.Resampling.BILINEAR)
+                image = load_image(image).resize(small, Image.Resampling.BILINEAR)
     except FileNotFoundError:
         return "no image"
     except UNREADABLE:
         return "unreadable image"
     if target:
-        write_whole(target, lambda draft: film.save(draft, "JPEG", quality=95))
+        write_file(target, lambda draft: image.save(draft, "JPEG", quality=95))
     return scale
 
 
-def prepare_images(rows, args, funnel, take=lambda source: source):
-    """Give each row its image, shrunk once into --out, or the original's path; drop those without.
+class Conversion:
+    """A run of a converter: where it writes, what it counts (the funnel) and what it does without.
 
-    row["name"]: where to write, below a folder that names the size; row["source"]: what take()
-    turns into a path or bytes; row["scale"]: units of its boxes, (w, h), None for the film's."""
-    def job(row):
-        target = args.out / row["image"] if args.size else None
-        return (take(row["source"]), target if target and not target.exists() else None, args.size,
-                row["scale"])
+    funnel: {(table, reason, split): n}, table one of images, pairs and boxes. "in" is what came
+    in, "out" what is left; every other reason says why something was dropped."""
 
-    todo = []
-    for row in rows:
-        row["image"] = (f"images_{args.size}/{row['name']}" if args.size else
-                        os.path.abspath(row["source"]))
-        if not (args.size and row["scale"] and (args.out / row["image"]).exists()):
-            todo.append(row)
-    done = parallel(shrink, map(job, todo), args.workers if args.size else 1)
-    for result, row in zip(tqdm(done, "images", len(todo), unit="image"), todo):
-        if isinstance(result, str):
-            row["image"] = None
-            funnel["images", result, row["split"]] += 1
-            if result == "unreadable image":
-                tqdm.write(f"unreadable image: {row['source']}")
-        else:
-            row["scale"] = result
-    return [row for row in rows if row["image"]]
+    def __init__(self, args):
+        self.command, self.out, self.size, self.workers = (args.command, args.out, args.size,
+                                                           args.workers)
+        self.arguments = {name: str(value) for name, value in vars(args).items() if name != "run"}
+        self.funnel, self.lost = Counter(), []
+        for flag, value, least, most in (("--size", args.size, 0, 1 << 16),
+                                         ("--workers", args.workers, 1, 1 << 16),
+                                         ("--wbf-iou", getattr(args, "wbf_iou", 0), 0, 1)):
+            if not least <= value <= most:
+                raise InputError(f"{flag} {value}: expected a number from {least} to {most}")
+        with reading(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            notes = self.out / "prepare.json"
+            mine = notes.exists() and f'"command": "{self.command}"' in notes.read_text()
+        files = [self.out / name for name in ("manifest.jsonl", "prepare.json", "LICENSES.csv")]
+        for path in files:
+            if path.exists() and not mine:
+                raise InputError(f"{path}: exists and was not written by {self.command}; choose "
+                                 "another --out")
+            check_output(path, [p for p in self.arguments.values() if os.path.isfile(p)])
+
+    def admit(self, row, reason):
+        """Count a row that came in, and why it is dropped -> whether it stays."""
+        self.funnel["images", "in", row["split"]] += 1
+        if reason:
+            self.funnel["images", reason, row["split"]] += 1
+        return not reason
+
+    def prepare_images(self, rows, take=str):
+        """Give each row its image, shrunk once into --out, or the original's path; drop those
+        without.
+
+        row["name"]: where to write, below a folder that names the size; row["source"]: what take()
+        turns into a path or bytes; row["scale"]: units of its boxes, (w, h), None for the image's.
+        """
+        def job(row):
+            target = self.out / row["image"] if self.size else None
+            return (take(row["source"]), target if target and not target.exists() else None,
+                    self.size, row["scale"])
+
+        todo = []
+        for row in rows:
+            row["image"] = (f"images_{self.size}/{row['name']}" if self.size else
+                            os.path.abspath(row["source"]))
+            if not (self.size and row["scale"] and (self.out / row["image"]).exists()):
+                todo.append(row)
+        done = map_processes(shrink, map(job, todo), self.workers if self.size else 1)
+        for result, row in zip(tqdm(done, "images", len(todo), unit="image"), todo):
+            if isinstance(result, str):
+                row["image"] = None
+                self.funnel["images", result, row["split"]] += 1
+                if result == "unreadable image":
+                    tqdm.write(f"unreadable image: {row['source']}")
+            else:
+                row["scale"] = result
+        return [row for row in rows if row["image"]]
+
+    def add_regions(self, rows):
+        """Turn the pairs of rows, (phrase, boxes in units of scale), into regions."""
+        for row in rows:
+            self.funnel["pairs", "in", row["split"]] += len(row["pairs"])
+            regions = [make_region(phrase, boxes, row["scale"], row["split"], self.funnel)
+                       for phrase, boxes in row["pairs"]]
+            row["regions"] = [region for region in regions if region]
+
+    def count_output(self, rows):
+        """Count what is left -> all counts as {table: {reason: {split: n}}}."""
+        for split in SPLITS:
+            for name, n in count_rows(rows, split).items():
+                self.funnel["out", name, split] = n
+        tables = {table: {} for table in ("images", "pairs", "boxes", "out")}
+        for table, reason, _ in self.funnel:
+            tables[table][reason] = {s: self.funnel[table, reason, s] for s in SPLITS}
+        return {table: reasons for table, reasons in tables.items() if reasons}
+
+    def finish(self, rows, published):
+        """Print the funnel and what is lost; write prepare.json, then manifest.jsonl.
+
+        published: {"table reason": a count of the paper or the data set's page}."""
+        tables = self.count_output(rows)
+        print(format_table([("", *SPLITS)] + [
+            (f"{table} {reason}", *(f"{n:,}" for n in by_split.values()))
+            for table, reasons in tables.items() for reason, by_split in reasons.items()]))
+        for name, count in published.items():
+            print(f"published, {name}: {count}")
+        for loss in self.lost:
+            print(f"missing: {loss}")
+        if not rows:
+            raise InputError(f"{self.out}: no image is left, see the counts above; nothing written")
+        write_json(self.out / "prepare.json", {
+            "command": self.command, "arguments": self.arguments, "lost": self.lost,
+            "funnel": tables, "published": published})
+        lines = [json.dumps({key: row[key] for key in ROW_KEYS}) + "\n" for row in rows]
+        write_file(self.out / "manifest.jsonl", lambda draft: draft.write_text("".join(lines)))
+        print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
 
 
-def check_converter(args):
-    """Make --out. Raises DataError if it holds another data set, or for a flag that cannot be."""
-    if args.size < 0 or args.workers < 1 or not 0 <= getattr(args, "wbf_iou", 0) <= 1:
-        raise DataError("--size wants 0 or more, --workers 1 or more, --wbf-iou 0 to 1")
-    with reading(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-        notes = args.out / "prepare.json"
-        mine = notes.exists() and f'"command": "{args.command}"' in notes.read_text()
-    if (args.out / "manifest.jsonl").exists() and not mine:
-        raise DataError(f"{args.out}: holds a manifest that is not of {args.command}; name another "
-                        "--out")
+def count_rows(rows, split):
+    """{what: how many} of a split's rows."""
+    rows = [row for row in rows if row["split"] == split]
+    boxed = [row for row in rows if row["regions"]]
+    pairs = [region for row in rows for region in row["regions"]]
+    return {"images": len(rows), "boxed images": len(boxed),
+            "studies": len({row["study"] for row in rows}),
+            "boxed studies": len({row["study"] for row in boxed}),
+            "patients": len({row["patient"] for row in rows}),
+            "reports": sum(bool(row["report"]) for row in rows),
+            "pairs": len(pairs), "boxes": sum(len(pair["boxes"]) for pair in pairs)}
 
 
-def show_funnel(rows, funnel, published):
-    """Count what is left, and print each (table, reason) by split beside the published counts.
-
-    -> the same counts as {table: {reason: {split: n}}}."""
-    for split in SPLITS:
-        some = [row for row in rows if row["split"] == split]
-        boxed = [row for row in some if row["regions"]]
-        pairs = [region for row in some for region in row["regions"]]
-        for name, n in (("images", len(some)), ("boxed images", len(boxed)),
-                        ("studies", len({row["study"] for row in some})),
-                        ("boxed studies", len({row["study"] for row in boxed})),
-                        ("patients", len({row["patient"] for row in some})),
-                        ("pairs", len(pairs)), ("boxes", sum(len(p["boxes"]) for p in pairs))):
-            funnel["out", name, split] = n
-    tables = {}
-    for table, reason, _ in sorted(funnel, key=lambda key: ("images", "pairs", "boxes", "out")
-                                   .index(key[0])):
-        tables.setdefault(table, {})[reason] = {s: funnel[table, reason, s] for s in SPLITS}
-    print(f"{'':26}{'train':>10}{'val':>10}{'test':>10}   published")
-    for table, reasons in tables.items():
-        for n, (reason, by_split) in enumerate(reasons.items()):
-            print(f"{'' if n else table:8}{reason:18}"
-                  + "".join(f"{count:10,}" for count in by_split.values())
-                  + f"   {published.get(f'{table} {reason}', '')}".rstrip())
-    return tables
-
-
-def finish(rows, args, funnel, lost, published):
-    """Print the funnel and what is lost; write prepare.json and then, whole, manifest.jsonl."""
-    tables = show_funnel(rows, funnel, published)
-    for loss in lost:
-        print(f"lost: {loss}")
-    if not rows:
-        raise DataError(f"{args.out}: no image is left, see the counts above; nothing written")
-    given = {name: str(value) for name, value in vars(args).items() if name != "prepare"}
-    notes = {"command": args.command, "arguments": given, "lost": lost, "funnel": tables,
-             "published": published}
-    keys = ("image", "study", "patient", "split", "report", "regions")
-
-    def write_manifest(draft):
-        with open(draft, "w") as file:
-            file.writelines(json.dumps({key: row[key] for key in keys}) + "\n" for row in rows)
-    write_json(args.out / "prepare.json", notes)
-    write_whole(args.out / "manifest.jsonl", write_manifest)
-    print(f"wrote {args.out / 'manifest.jsonl'}; next: python data.py check {args.out}")
-
-
-# ---- converters: MIMIC-CXR ----------------------------------------------------------------------
+# ---- converters: MIMIC-CXR -----------------------------------------------------------------------
 
 METHODS = ("gpt4", "rule-based")
 LLAVA_RAD = {"train": "chat_train_*.json", "val": "chat_dev_*.json", "test": "chat_test_*.json"}
@@ -1032,57 +1171,62 @@ MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
                    "out pairs": "394,835 (LoFi)"}
 
 
-def mimic_table(images, kind, lost, loss, *columns):
-    """Rows of a table of MIMIC-CXR-JPG, or none and a word on what is lost without it."""
+def mimic_table(run, images, kind, loss, *columns):
+    """Rows of a table of MIMIC-CXR-JPG; without it none, and a note of what is lost."""
     if not (Path(images) / "files").is_dir():
-        raise DataError(f"{images}: has no folder 'files'; --images wants the root of "
-                        "MIMIC-CXR-JPG (files/p10/p10000032/s50414267/ID.jpg)")
+        raise InputError(f"{images}: has no folder 'files'; --images expects the root of "
+                         "MIMIC-CXR-JPG (files/p10/p10000032/s50414267/ID.jpg)")
     if path := find(images, f"mimic-cxr-2*-{kind}.csv*"):
         return csv_rows(path, *columns)
-    lost.append(f"{loss} (no mimic-cxr-2.0.0-{kind}.csv.gz in {images})")
+    run.lost.append(f"{loss} (no mimic-cxr-2.0.0-{kind}.csv.gz in {images})")
     return []
 
 
-def mimic_splits(images, lost, loss="the official splits"):
+def mimic_splits(run, images, loss="the official splits"):
     """{dicom id: split}."""
-    table = mimic_table(images, "split", lost, loss, "dicom_id", "split")
-    return {dicom: official_split(split, images) for dicom, split in table}
+    table = mimic_table(run, images, "split", loss, "dicom_id", "split")
+    return {row["dicom_id"]: official_split(row["split"], images) for row in table}
 
 
-def mimic_films(images, lost):
+def mimic_views(run, images):
     """{dicom id: (view, (w, h))}; Columns and Rows, so that a tree of copies that were shrunk
     before serves as well: boxes are in pixels of the originals."""
-    table = mimic_table(images, "metadata", lost, "the official views and film sizes, LLaVA-Rad's "
-                        "and the files' are taken", "dicom_id", "ViewPosition", "Columns", "Rows")
+    table = mimic_table(run, images, "metadata", "the official views and image sizes; LLaVA-Rad's "
+                        "and the files' are used", "dicom_id", "ViewPosition", "Columns", "Rows")
+    views = {}
     with reading(images):
-        return {dicom: (sys.intern(view), (float(w), float(h)) if w and h else None)
-                for dicom, view, w, h in table}
+        for row in table:
+            w, h = row["Columns"], row["Rows"]
+            views[row["dicom_id"]] = (sys.intern(row["ViewPosition"]),
+                                      (float(w), float(h)) if w and h else None)
+    return views
 
 
 def good_masks(path):
-    """Dicom ids of which CheXmask's table says that its masks, and so the film, are good."""
+    """Dicom ids of which CheXmask's table says that the masks, and so the image, are good."""
     with reading(path):
-        return {dicom for dicom, dice in csv_rows(path, "dicom_id", "Dice RCA (Mean)")
-                if dice and float(dice) >= 0.7}
+        return {row["dicom_id"] for row in csv_rows(path, "dicom_id", "Dice RCA (Mean)")
+                if row["Dice RCA (Mean)"] and float(row["Dice RCA (Mean)"]) >= 0.7}
 
 
-def method_of(path, wanted, lost):
-    """The wanted method, or the other where a file has none of it, as the test split of gpt4."""
-    if any(entry.get("generate_method") == wanted for entry in json_items(path)):
-        return wanted
-    other = METHODS[wanted == METHODS[0]]
-    lost.append(f"{wanted} texts of {path.name}, which has none: its {other} ones are taken")
-    return other
-
-
-def mimic_film(images, path, where):
-    """A film of MIMIC-CXR-JPG by ".../p10000032/s50414267/ID.jpg" -> the beginning of its row."""
+def mimic_row(images, path, where):
+    """An image of MIMIC-CXR-JPG by ".../p10000032/s50414267/ID.jpg" -> the beginning of its row."""
     if not (found := MIMIC_PATH.search(str(path))):
-        raise DataError(f"{where}: image {path!r}, wanted .../p10000032/s50414267/ID.jpg")
+        raise InputError(f"{where}: image {path!r}, expected .../p10000032/s50414267/ID.jpg")
     patient, study, dicom = found.groups()
     name = f"{patient[:3]}/{found[0]}"
     return {"study": study, "patient": patient, "dicom": dicom, "name": name, "regions": [],
             "report": "", "source": f"{images}/files/{name}"}
+
+
+def method_of(run, path, asked):
+    """The texts to take from a file: those asked for, or the others where it has none of them (the
+    test split has no gpt4 texts)."""
+    if any(entry.get("generate_method") == asked for entry in json_items(path)):
+        return asked
+    other = "rule-based" if asked == "gpt4" else "gpt4"
+    run.lost.append(f"{asked} texts of {path.name}, which has none: its {other} texts are used")
+    return other
 
 
 def mimic_report(entry):
@@ -1091,24 +1235,20 @@ def mimic_report(entry):
     return " ".join(filter(None, map(one_line, [*findings, entry.get("impression")])))
 
 
-def mimic_rows(path, default_split, args, tables, funnel, lost):
-    """Yield a row for each frontal film of good quality in a file of LLaVA-Rad, with its text."""
-    (splits, films, good), seen = tables, set()
-    method = method_of(path, args.method, lost)
+def mimic_rows(run, path, method, images, default_split, tables):
+    """Yield a row for each frontal image of good quality in a file of LLaVA-Rad, with its text."""
+    (splits, views, good), seen = tables, set()
     for entry in tqdm(json_items(path), path.name, unit="item"):
-        row = mimic_film(args.images, entry.get("image"), path)
+        row = mimic_row(images, entry.get("image"), path)
         dicom = row["dicom"]
-        view, row["scale"] = films.get(dicom, (entry.get("view"), None))
+        view, row["scale"] = views.get(dicom, (entry.get("view"), None))
         row["split"], row["report"] = splits.get(dicom, default_split), mimic_report(entry)
         reason = ("other method" if entry.get("generate_method") != method else
                   "view" if view not in ("PA", "AP") else
                   "quality" if good is not None and dicom not in good else
                   "no text" if not row["report"] else
                   "repeated image" if dicom in seen else None)
-        funnel["images", "in", row["split"]] += 1
-        if reason:
-            funnel["images", reason, row["split"]] += 1
-        else:
+        if run.admit(row, reason):
             seen.add(dicom)
             yield row
 
@@ -1120,17 +1260,18 @@ def open_qba(root, rating):
     folder = find(root, f"exports/{export}", export)
     path = folder and find(folder, "qa.zip", "qa")
     if not path:
-        raise DataError(f"{root}: no exports/{export}/qa.zip; --qba wants the root of "
-                        "MIMIC-Ext-CXR-QBA")
+        raise InputError(f"{root}: no exports/{export}/qa.zip; --qba expects the root of "
+                         "MIMIC-Ext-CXR-QBA")
     if not table:
         return members(path, ".qa.json"), None
     rated = find(folder, f"metadata/{table}/question_metadata.csv*")
     if not rated:
-        raise DataError(f"{folder}: no metadata/{table}/question_metadata.csv.gz, the questions "
-                        f"that --rating {rating} keeps")
+        raise InputError(f"{folder}: no metadata/{table}/question_metadata.csv.gz, the questions "
+                         f"that --rating {rating} keeps")
     questions = defaultdict(set)
-    for study, question in csv_rows(rated, "study_id", "question_id"):
-        questions["s" + study.removeprefix("s")].add(sys.intern(question))
+    for row in csv_rows(rated, "study_id", "question_id"):
+        study = "s" + row["study_id"].removeprefix("s")
+        questions[study].add(sys.intern(row["question_id"]))
     return members(path, ".qa.json"), questions
 
 
@@ -1153,7 +1294,7 @@ def study_regions(job):
         text = source if isinstance(source, bytes) else Path(source).read_bytes()
         questions = json.loads(text).get("questions") or []
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{name}: is no file of questions ({error}); is the download whole?")
+        raise InputError(f"{name}: not a file of questions ({error}); is the download complete?")
     for question in questions:
         for answer, depth in walk(question.get("answers")):
             phrase = one_line(answer.get("text"))
@@ -1174,68 +1315,74 @@ def study_regions(job):
     return regions, funnel
 
 
-def add_qba(rows, files, rated, args, funnel, lost):
+def add_qba(run, rows, files, rated, iou):
     """Give rows the text-box pairs of their studies."""
     (names, take), studies = files, defaultdict(list)
     for row in rows:
         studies[row["study"]].append(row)
     found = [study for study in studies if f"{study}.qa.json" in names]
     if len(found) < len(studies):
-        lost.append(f"text-box pairs of {len(studies) - len(found):,} studies that have no "
-                    "questions")
+        run.lost.append(f"text-box pairs of {len(studies) - len(found):,} studies that have no "
+                        "questions")
     jobs = ((study, take(names[f"{study}.qa.json"]), rated and rated.get(study, ()),
              studies[study][0]["split"], {row["dicom"]: row["scale"] for row in studies[study]},
-             args.wbf_iou) for study in found)
-    results = tqdm(parallel(study_regions, jobs, args.workers), "boxes", len(found), unit="study")
+             iou) for study in found)
+    results = tqdm(map_processes(study_regions, jobs, run.workers), "boxes", len(found),
+                   unit="study")
     for (regions, counts), study in zip(results, found):
-        funnel.update(counts)
+        run.funnel.update(counts)
         for row in studies[study]:
             row["regions"] = list(regions[row["dicom"]].values())
 
 
 def prepare_mimic_cxr(args):
     """MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA -> a manifest (Sec. 3.0.1)."""
-    funnel, lost, rows = Counter(), [], []
+    run, rows = Conversion(args), []
     texts = {split: find(args.llava_rad, pattern) for split, pattern in LLAVA_RAD.items()}
     for split, path in texts.items():                          # wrong folders are said at once
         if not path:
-            raise DataError(f"{args.llava_rad}: no {LLAVA_RAD[split]}; --llava-rad wants the "
-                            "folder of the LLaVA-Rad MIMIC-CXR annotations")
+            raise InputError(f"{args.llava_rad}: no {LLAVA_RAD[split]}; --llava-rad expects the "
+                             "folder of the LLaVA-Rad MIMIC-CXR annotations")
     qba = open_qba(args.qba, args.rating) if args.qba else None
-    tables = (mimic_splits(args.images, lost), mimic_films(args.images, lost),
+    tables = (mimic_splits(run, args.images), mimic_views(run, args.images),
               good_masks(args.chexmask) if args.chexmask else None)
     for split, path in texts.items():
-        rows += mimic_rows(path, split, args, tables, funnel, lost)
-    rows = prepare_images(rows, args, funnel)
+        method = method_of(run, path, args.method)
+        rows += mimic_rows(run, path, method, args.images, split, tables)
+    rows = run.prepare_images(rows)
     if qba:
-        add_qba(rows, *qba, args, funnel, lost)
-    lost += [] if args.chexmask else ["the quality filter of films (no --chexmask)"]
-    lost += [] if qba else ["text-box pairs, so grounding and dense captioning (no --qba)"]
-    finish(rows, args, funnel, lost, MIMIC_PUBLISHED)
+        add_qba(run, rows, *qba, args.wbf_iou)
+    if not args.chexmask:
+        run.lost.append("the quality filter of images (no --chexmask)")
+    if not qba:
+        run.lost.append("text-box pairs, so grounding and dense captioning (no --qba)")
+    run.finish(rows, MIMIC_PUBLISHED)
 
 
-# ---- converters: PadChest-GR and MS-CXR ---------------------------------------------------------
+# ---- converters: PadChest-GR and MS-CXR ----------------------------------------------------------
 
 PADCHEST_PUBLISHED = {"images in": "4,555", "out boxed images": "2,404 of the pool, 604 of test "
                       "(LoFi)", "out pairs": "4,979 of the pool, 2,404 of test (LoFi)"}
 MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
 
 
-def padchest_splits(args, lost):
+def padchest_splits(run, table, official_val):
     """{ImageID: (split, patient)}. The paper's pool is train + validation: both are "train" here,
-    unless --official-val."""
-    if not args.table:
-        lost.append("splits and patients, all rows are of train (no --table)")
+    unless official_val."""
+    if not table:
+        run.lost.append("splits and patients, all rows are of train (no --table)")
         return {}
-    table = csv_rows(args.table, "ImageID", "split", "PatientID")
-    split = lambda value: official_split(value, args.table)
-    pool = {"train": "train", "val": "val" if args.official_val else "train", "test": "test"}
-    return {image: (pool[split(value)], patient) for image, value, patient in table}
+    splits = {}
+    for row in csv_rows(table, "ImageID", "split", "PatientID"):
+        split = official_split(row["split"], table)
+        pooled = "train" if split == "val" and not official_val else split
+        splits[row["ImageID"]] = pooled, row["PatientID"]
+    return splits
 
 
-def padchest_rows(args, names, splits, funnel):
+def padchest_rows(run, reports, names, splits):
     """Yield a row a study of the grounded reports: all its sentences, and the boxed as pairs."""
-    for entry in tqdm(json_items(args.reports), Path(args.reports).name, unit="item"):
+    for entry in tqdm(json_items(reports), Path(reports).name, unit="item"):
         image = str(entry.get("ImageID"))
         study = str(entry.get("StudyID") or image)
         split, patient = splits.get(image, ("train", study))
@@ -1244,158 +1391,294 @@ def padchest_rows(args, names, splits, funnel):
         sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
         reason = ("not in table" if splits and image not in splits else
                   "no text" if not sentences else "no image" if image not in names else None)
-        funnel["images", "in", split] += 1
-        if reason:
-            funnel["images", reason, split] += 1
-        else:
-            yield {"study": study, "patient": patient or study, "split": split,
-                   "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
-                   "name": f"{Path(image).stem}.jpg", "source": names[image]}
-
-
-def ms_cxr_rows(args, splits, funnel):
-    """Rows of MS-CXR, an image each; its table has a line a box, in x, y, width and height."""
-    rows, boxes_of = {}, defaultdict(list)
-    columns = ("path", "category_name", "label_text", "image_width", "image_height", "x", "y", "w",
-               "h")
-    for path, kind, text, width, height, *box_xywh, split in csv_rows(args.table, *columns,
-                                                                      optional=["split"]):
-        film = mimic_film(args.images, path, args.table)
-        split = split or splits.get(film["dicom"], "test")
-        with reading(args.table):
-            x, y, w, h, width, height = map(float, (*box_xywh, width, height))
-        rows.setdefault(path, {**film, "split": official_split(split, args.table),
-                               "scale": (width, height)})
-        boxes_of[path, kind, one_line(text)].append([x, y, x + w, y + h])
-    for row in rows.values():
-        row["pairs"] = []
-        funnel["images", "in", row["split"]] += 1
-    for (path, _, phrase), boxes in boxes_of.items():
-        rows[path]["pairs"].append((phrase, boxes))
-    return list(rows.values())
-
-
-def add_regions(rows, funnel):
-    """Turn the pairs of rows, (phrase, boxes in units of scale), into regions."""
-    for row in rows:
-        funnel["pairs", "in", row["split"]] += len(row["pairs"])
-        regions = [make_region(phrase, boxes, row["scale"], row["split"], funnel)
-                   for phrase, boxes in row["pairs"]]
-        row["regions"] = [region for region in regions if region]
+        row = {"study": study, "patient": patient or study, "split": split,
+               "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
+               "name": f"{Path(image).stem}.jpg", "source": names.get(image)}
+        if run.admit(row, reason):
+            yield row
 
 
 def prepare_padchest_gr(args):
     """PadChest-GR -> a manifest (Sec. 3.0.1)."""
-    funnel, lost = Counter(), []
+    run = Conversion(args)
     names, take = members(args.images, ".png")
     if not args.size and not Path(args.images).is_dir():
-        raise DataError(f"{args.images}: --size 0 keeps the originals, which cannot stay inside a "
-                        "zip; unzip it and give the folder, or give a --size")
-    rows = list(padchest_rows(args, names, padchest_splits(args, lost), funnel))
-    rows = prepare_images(rows, args, funnel, take)
-    add_regions(rows, funnel)
-    finish(rows, args, funnel, lost, PADCHEST_PUBLISHED)
+        raise InputError(f"{args.images}: --size 0 keeps the originals, which cannot stay inside a "
+                         "zip; unzip it and give the folder, or give a --size")
+    splits = padchest_splits(run, args.table, args.official_val)
+    rows = run.prepare_images(list(padchest_rows(run, args.reports, names, splits)), take)
+    run.add_regions(rows)
+    run.finish(rows, PADCHEST_PUBLISHED)
+
+
+def ms_cxr_rows(run, images, table, splits):
+    """Rows of MS-CXR, an image each; its table has a line a box, in x, y, width and height."""
+    rows, boxes_of = {}, defaultdict(list)
+    columns = ("path", "category_name", "label_text", "image_width", "image_height", *"xywh")
+    for line in csv_rows(table, *columns):
+        row, path = mimic_row(images, line["path"], table), line["path"]
+        row["split"] = official_split(line.get("split") or splits.get(row["dicom"], "test"), table)
+        with reading(table):
+            x, y, w, h = (float(line[key]) for key in "xywh")
+            row["scale"] = float(line["image_width"]), float(line["image_height"])
+        rows.setdefault(path, row)
+        pair = path, line["category_name"], one_line(line["label_text"])
+        boxes_of[pair].append([x, y, x + w, y + h])
+    for (path, _, phrase), boxes in boxes_of.items():
+        rows[path].setdefault("pairs", []).append((phrase, boxes))
+    return [row for row in rows.values() if run.admit(row, None)]
 
 
 def prepare_ms_cxr(args):
     """MS-CXR -> a manifest: phrases and boxes, no reports."""
-    funnel, lost = Counter(), []
-    splits = mimic_splits(args.images, lost, "splits, all rows without one are of test")
-    rows = prepare_images(ms_cxr_rows(args, splits, funnel), args, funnel)
-    add_regions(rows, funnel)
-    finish(rows, args, funnel, lost, MS_CXR_PUBLISHED)
+    run = Conversion(args)
+    splits = mimic_splits(run, args.images, "splits, all rows without one are of test")
+    rows = run.prepare_images(ms_cxr_rows(run, args.images, args.table, splits))
+    run.add_regions(rows)
+    run.finish(rows, MS_CXR_PUBLISHED)
+
+
+# ---- converters: the COVID-19 image data collection (open; github.com/ieee8023) ------------------
+
+COVID_VIEWS = ("PA", "AP", "AP Supine", "APS")
+LUNGS = {1: "Right lung.", 2: "Left lung."}                    # by the annotations' category
+NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
+
+
+def lung_pairs(path):
+    """{file name: ([(phrase, boxes in pixels)], (width, height))} of the lung annotations (COCO).
+
+    Of two boxes the patient's right lung is the one further left; a single one needs a category."""
+    with open_text(path) as text:
+        coco = json.load(text)
+    found, pairs = defaultdict(list), {}
+    try:
+        for note in coco["annotations"]:
+            if None not in note["bbox"]:
+                x, y, w, h = note["bbox"]
+                found[note["image_id"]].append(([x, y, x + w, y + h], note.get("category_id")))
+        for image in coco["images"]:
+            boxes = found[image["id"]]
+            if len(boxes) == 2:
+                boxes = zip(sorted(box for box, _ in boxes), LUNGS)
+            phrases = defaultdict(list)
+            for box, category in boxes:
+                phrases[LUNGS.get(category)].append(box)
+            pairs[image["file_name"]] = list(phrases.items()), (image["width"], image["height"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected COCO annotations, got an invalid entry ({error})")
+    return pairs
+
+
+def covid_rows(run, repo, lungs):
+    """Yield a row for each frontal X-ray of metadata.csv, in its late and its early spelling."""
+    seen = set()
+    for line in csv_rows(repo / "metadata.csv", "filename", "view", "license", ragged=True):
+        line = defaultdict(str, {str(key).strip().lower().replace(" ", "_"): one_line(value)
+                                 for key, value in line.items()})
+        name, report = line["filename"], line["clinical_notes"] or line["notes"]
+        patient, licence = line["patientid"] or name, line["license"] or "unstated"
+        pairs, scale = lungs.get(name, ([], None))
+        row = {"study": f"{patient}-{zlib.crc32(report.encode()):08x}",   # a note: one study
+               "patient": patient, "report": report, "pairs": pairs, "scale": scale,
+               "split": "train" if zlib.crc32(patient.encode()) % 5 else "test",
+               "source": repo / (line["folder"] or "images") / name, "name": f"{name}.jpg",
+               "licence": (name, licence, line["url"])}
+        reason = ("not X-ray" if line["modality"].lower() not in ("", "x-ray") else
+                  "view" if line["view"] not in COVID_VIEWS else
+                  "licence" if NO_DERIVATIVES.search(licence) else
+                  "no text" if not (report or pairs) else
+                  "repeated image" if name in seen else None)
+        if run.admit(row, reason):
+            seen.add(name)
+            yield row
+
+
+def prepare_covid_cxr(args):
+    """A clone of ieee8023/covid-chestxray-dataset -> a manifest with the lungs' boxes, and
+    LICENSES.csv. Not in the paper."""
+    run = Conversion(args)
+    lungs = lung_pairs(args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json")
+    rows = run.prepare_images(list(covid_rows(run, args.repo, lungs)))
+    run.add_regions(rows)
+    table = io.StringIO()
+    csv.writer(table).writerows([("image", "original_file", "licence", "source")] + [
+        (row["image"], *row["licence"]) for row in rows])
+    write_file(args.out / "LICENSES.csv", lambda draft: draft.write_text(table.getvalue()))
+    run.finish(rows, {})
 
 
 # ---- check ---------------------------------------------------------------------------------------
 
-def check(data, png):
-    """Read every row and image of a data set, print every problem and the counts, draw eight rows.
+def manifest_notes(rows):
+    """What is odd, though valid, about rows of a manifest -> one line each; no image is read."""
+    notes = [*key_notes(rows, ROW_KEYS, "rows"),
+             *key_notes([g for row in rows for g in row.get("regions") or []], REGION_KEYS,
+                        "regions")]
+    for words, keys in (("rows are repeated word for word", [row_text(row) for row in rows]),
+                        ("rows name an image that another row names", [r["image"] for r in rows])):
+        if n := len(keys) - len(set(keys)):
+            notes.append(f"{n} {words}")
+    if n := sum(not (row.get("report") or row.get("regions")) for row in rows):
+        notes.append(f"{n} rows have neither a report nor regions: only their images are used")
+    boxes = [box for row in rows for g in row.get("regions") or [] for box in g["boxes"]]
+    if n := len(boxes) - len(drop_degenerate(boxes)):
+        notes.append(f"{n} boxes of almost no area are dropped when the manifest is read")
+    splits = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
+    for split in ("val", "test"):
+        if not splits[split]:
+            notes.append(f"no rows of split {split!r}")
+        if shared := splits["train"] & splits[split]:
+            notes.append(f"{len(shared)} patients are in train and in {split}, such as "
+                         f"{min(shared)!r}: scores of {split} will be too good")
+    return notes
 
-    Returns the number of problems."""
-    path, rows, problems = manifest_path(data), [], 0
-    for number, row, problem in tqdm(scan_manifest(data), "check", unit="row"):
+
+def row_text(row):
+    return json.dumps(row, sort_keys=True)
+
+
+def key_notes(objects, known, what):
+    """A line for each key that is not known, which may be a misspelt one."""
+    counts = Counter(key for thing in objects for key in thing if key not in (*known, "path"))
+    for key, n in counts.items():
+        close = difflib.get_close_matches(key, known, 1)
+        yield (f"unknown key {key!r} in {n} {what} is ignored"
+               + (f"; did you mean {close[0]!r}?" if close else ""))
+
+
+def check(data, png):
+    """Read every row and image of a data set, print every problem, the counts and what is odd, and
+    draw eight rows with their boxes. Returns the number of problems."""
+    path, rows, n_flat, pictures = manifest_path(data), [], 0, set()
+    scanned = list(scan_manifest(data))
+    if not scanned:
+        raise InputError(f"{path}: no rows")
+    if Path(png).exists():
+        images = [path.parent / row["image"] for _, row, problem in scanned if not problem]
+        check_output(png, [path, *images])
+    for number, row, problem in tqdm(scanned, "check", unit="row"):
         if not problem:
-            row = {**row, "path": str(path.parent / row["image"]),
+            row = {**row, "path": str(path.parent / row["image"]), "report": row.get("report"),
                    "regions": row.get("regions") or []}
             try:
-                load_image(row["path"], 64)
-                rows.append(row)
-            except DataError as error:
+                image = load_image(row["path"], 64)
+            except InputError as error:
                 problem = str(error)
         if problem:
-            problems += 1
             tqdm.write(f"{path}:{number}: {problem}")
-    if not rows and not problems:
-        raise DataError(f"{path}: no rows")
-    for split in SPLITS:
-        some = [row for row in rows if row["split"] == split]
-        regions = [region for row in some for region in row["regions"]]
-        print(f"{split:6}{len(some):8,} images {len({r['study'] for r in some}):8,} studies "
-              f"{len({r['patient'] for r in some}):8,} patients "
-              f"{sum(bool(r.get('report')) for r in some):8,} reports "
-              f"{len(regions):8,} regions {sum(len(r['boxes']) for r in regions):8,} boxes")
-    patients = [{r["patient"] for r in rows if r["split"] == split} for split in SPLITS]
-    if shared := patients[0] & (patients[1] | patients[2]):
-        print(f"note: {len(shared)} patients of train are in val or test too, "
-              f"{min(shared)!r} for one")
+            continue
+        rows.append(row)
+        low, high = image.getextrema()
+        n_flat += low == high
+        pictures.add(hash(image.tobytes()))
+    counts = {split: count_rows(rows, split) for split in SPLITS}
+    print(format_table([("", *counts["train"])] + [
+        (split, *(f"{n:,}" for n in of_split.values())) for split, of_split in counts.items()]))
+    for n, words in ((n_flat, "images have a single grey value"),
+                     (len(rows) - len(pictures), "images look the same as the image of another row")):
+        if n:
+            print(f"note: {n} {words}")
+    for note in manifest_notes(rows):
+        print(f"note: {note}")
     if rows:
-        boxed = [row for row in rows if row["regions"]] or rows
-        films = []
-        for row in boxed[::max(1, len(boxed) // 8)][:8]:
-            films.append(load_image(row["path"], 320).convert("RGB"))
-            draw_boxes(films[-1], row["regions"])
-        write_whole(png, lambda draft: tile(films, 4).save(draft, "PNG"))
-        print(f"drew {png}: look whether the boxes sit where the phrases say")
-    print(f"{problems} problems in {len(rows) + problems} rows")
-    return problems
+        draw_sheet(rows, png)
+    n_problems = len(scanned) - len(rows)
+    print(f"{n_problems} problems in {len(scanned)} rows")
+    return n_problems
+
+
+def draw_sheet(rows, png):
+    """Draw eight rows with boxes, from all over the set, on one sheet."""
+    boxed = [row for row in rows if row["regions"]] or rows
+    images = []
+    for row in boxed[::max(1, len(boxed) // 8)][:8]:
+        images.append(load_image(row["path"], 320).convert("RGB"))
+        draw_boxes(images[-1], row["regions"])
+    write_file(png, lambda draft: tile(images, 4).save(draft, "PNG"))
+    print(f"drew {png}: check that the boxes are where the phrases say")
 
 
 # ---- command line --------------------------------------------------------------------------------
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Make and check data sets of manifest.jsonl rows (see the top of data.py).")
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    command = commands.add_parser(
+        "phantom", help="draw chest X-rays with findings, reports and boxes",
+        formatter_class=defaults)
+    command.set_defaults(run=run_phantom)
+    command.add_argument("out", help="folder to write; an existing one is not touched")
+    for split, n in PHANTOM_SIZES.items():
+        command.add_argument(f"--{split}", type=int, default=n, metavar="N",
+                             help=f"images of the {split} split")
+    command.add_argument("--seed", type=int, default=0, help="the same seed draws the same images")
+    add_mimic_cxr(commands)
+    add_padchest_gr(commands)
+    add_ms_cxr(commands)
+    sources, _ = add_converter(commands, "covid-cxr", prepare_covid_cxr, "X-rays, clinical notes "
+                               "and lung boxes of the open COVID-19 image data collection")
+    sources.add_argument("--repo", required=True, type=Path, metavar="DIR", help="a clone of "
+                         "https://github.com/ieee8023/covid-chestxray-dataset")
+    command = commands.add_parser(
+        "check", help="read every row and image, count, draw eight rows with boxes",
+        formatter_class=defaults)
+    command.set_defaults(run=run_check)
+    command.add_argument("data", help="folder with manifest.jsonl, or that file")
+    command.add_argument("--png", default="runs/check.png", help="where to draw")
+    return parser.parse_args()
+
 
 def add_converter(commands, name, prepare, words):
     """A converter's command with the flags they share. -> its groups of sources and choices."""
     command = commands.add_parser(name, help=f"{words} -> a manifest", description=f"{words} -> a "
                                   "manifest. The archives are read where they are; the README "
-                                  "says where to apply for them.")
-    command.set_defaults(prepare=prepare)
-    groups = [command.add_argument_group(title) for title in ("sources", "choices", "output")]
-    group = groups.pop()
-    group.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for "
-                       "manifest.jsonl, prepare.json (the counts) and the films; given again after "
-                       "an interruption, it goes on where it was")
-    group.add_argument("--size", type=int, default=512, metavar="PX", help="short side of the "
-                       "films written, 8-bit JPEG, proportions kept, none enlarged; 0 "
-                       "keeps the originals where they are and writes none (default: 512, the "
-                       "encoder's input, Sec. 2.0.4)")
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count()), metavar="N",
-                       help="processes that decode and parse (default: the CPUs, at most 8)")
-    return groups
+                                  "says where to get them.")
+    command.set_defaults(run=prepare)
+    sources, choices, output = (command.add_argument_group(title)
+                                for title in ("sources", "choices", "output"))
+    output.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for "
+                        "manifest.jsonl, prepare.json (the counts) and the images; given again "
+                        "after an interruption, it continues where it was")
+    output.add_argument("--size", type=int, default=512, metavar="PX", help="short side of the "
+                        "images written, 8-bit JPEG, proportions kept, none enlarged; 0 "
+                        "keeps the originals where they are and writes none (default: 512, the "
+                        "encoder's input, Sec. 2.0.4)")
+    output.add_argument("--workers", type=int, default=min(8, os.cpu_count()), metavar="N",
+                        help="processes that decode and parse (default: the CPUs, at most 8)")
+    return sources, choices
 
 
-def add_converters(commands):
-    """The commands mimic-cxr, padchest-gr and ms-cxr."""
-    mimic_root = "root of MIMIC-CXR-JPG: files/, and if there the split and metadata csv.gz"
+MIMIC_ROOT = "root of MIMIC-CXR-JPG: files/, and if there the split and metadata csv.gz"
+
+
+def add_mimic_cxr(commands):
     sources, choices = add_converter(
         commands, "mimic-cxr", prepare_mimic_cxr,
-        "films of MIMIC-CXR-JPG, texts of LLaVA-Rad, boxes of MIMIC-Ext-CXR-QBA")
-    sources.add_argument("--images", required=True, metavar="DIR", help=mimic_root)
+        "images of MIMIC-CXR-JPG, texts of LLaVA-Rad, boxes of MIMIC-Ext-CXR-QBA")
+    sources.add_argument("--images", required=True, metavar="DIR", help=MIMIC_ROOT)
     sources.add_argument("--llava-rad", required=True, metavar="DIR", help="folder of the "
                          "LLaVA-Rad annotations: chat_{train,dev,test}_*.json")
     sources.add_argument("--qba", metavar="DIR", help="root of MIMIC-Ext-CXR-QBA, with "
                          "exports/A_frontal (default: none, so no boxes)")
     sources.add_argument("--chexmask", metavar="FILE", help="CheXmask's MIMIC-CXR-JPG.csv, or .gz: "
-                         "films with Dice RCA (Mean) below 0.7 are dropped (default: none, so all "
+                         "images with Dice RCA (Mean) below 0.7 are dropped (default: none, so all "
                          "are kept)")
     choices.add_argument("--method", choices=METHODS, default=METHODS[0], help="which texts of "
-                         "LLaVA-Rad; where a file has none of them, the others are taken and it is "
+                         "LLaVA-Rad; where a file has none of them, the others are used and it is "
                          "said (default: %(default)s, an LLM's, Sec. 3.0.1)")
     choices.add_argument("--rating", choices=RATINGS, default="A++", help="least rating of a "
                          "text-box pair's question (default: %(default)s, Sec. 3.0.1)")
     choices.add_argument("--wbf-iou", type=float, default=0.1, metavar="IOU", help="boxes of a "
                          "sentence that overlap more are fused into their mean, 0 to 1 (default: "
                          "%(default)s, of the authors' later code; not stated in the paper)")
+
+
+def add_padchest_gr(commands):
     sources, choices = add_converter(commands, "padchest-gr", prepare_padchest_gr,
-                                     "films, sentences and boxes of PadChest-GR")
+                                     "images, sentences and boxes of PadChest-GR")
     sources.add_argument("--images", required=True, metavar="DIR_OR_ZIP",
                          help="the 16-bit PNGs, in a folder (of any depth) or a zip")
     sources.add_argument("--reports", required=True, metavar="JSON",
@@ -1405,48 +1688,36 @@ def add_converters(commands):
     choices.add_argument("--official-val", action="store_true", help="keep the validation split "
                          "as val (default: it is of train, as the paper's pool of 2,404 X-rays "
                          "is train and validation, Sec. 3.0.1)")
+
+
+def add_ms_cxr(commands):
     sources, _ = add_converter(commands, "ms-cxr", prepare_ms_cxr,
-                               "films of MIMIC-CXR-JPG, phrases and boxes of MS-CXR")
-    sources.add_argument("--images", required=True, metavar="DIR", help=mimic_root)
+                               "images of MIMIC-CXR-JPG, phrases and boxes of MS-CXR")
+    sources.add_argument("--images", required=True, metavar="DIR", help=MIMIC_ROOT)
     sources.add_argument("--table", required=True, metavar="CSV", help="MS_CXR_Local_Alignment_"
                          "v*.csv; rows without a split there have MIMIC's")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description="Make and check data sets of manifest.jsonl rows (see the top of data.py).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "phantom", help="draw chest films with findings, reports and boxes",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument("out", help="folder to write; an existing one is not touched")
-    for split, n in PHANTOM_SIZES.items():
-        command.add_argument(f"--{split}", type=int, default=n, metavar="N",
-                             help=f"films of the {split} split")
-    command.add_argument("--seed", type=int, default=0, help="the same seed draws the same films")
-    add_converters(commands)
-    command = commands.add_parser(
-        "check", help="read every row and image, count, draw eight rows with boxes",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument("data", help="folder with manifest.jsonl, or that file")
-    command.add_argument("--png", default="runs/check.png", help="where to draw")
-    args = parser.parse_args()
-    if args.command == "check":
-        sys.exit(1 if check(args.data, args.png) else 0)
-    if hasattr(args, "prepare"):
-        check_converter(args)
-        return args.prepare(args)
-    if Path(args.out).exists():
-        raise DataError(f"{args.out}: exists already; name a new folder")
+def run_phantom(args):
+    if os.path.lexists(args.out):
+        raise InputError(f"{args.out}: exists already; choose a new folder")
     make_phantom(args.out, {split: getattr(args, split) for split in SPLITS}, args.seed)
     print(f"wrote {args.out}; next: python data.py check {args.out}")
+
+
+def run_check(args):
+    sys.exit(1 if check(args.data, args.png) else 0)
+
+
+def main(args=None):
+    args = args or parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+    except (InputError, OSError) as error:
+        sys.exit(f"data.py: {first_line(error)}")
     except KeyboardInterrupt:
-        sys.exit("data.py: stopped; the same command goes on where it was")
+        sys.exit("data.py: stopped; the same command continues where it was")

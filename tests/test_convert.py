@@ -8,22 +8,25 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
+import metrics
 from conftest import run
+from metrics import InputError
 
 NAN = float("nan")
 
 
 # ---- a tree of MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA --------------------------
 
-W, H = 160, 200                                        # of every film
+W, H = 160, 200                                        # of every image
 #        dicom  patient     study       split       view       Dice RCA (Mean)
-FILMS = [("a1", "10000001", "50000001", "train",    "PA",      "0.95"),
+IMAGES = [("a1", "10000001", "50000001", "train",    "PA",      "0.95"),
          ("a2", "10000001", "50000001", "train",    "AP",      "0.7"),
          ("a3", "10000001", "50000001", "train",    "LATERAL", "0.9"),
          ("b1", "10000002", "50000002", "train",    "AP",      "0.6999"),
@@ -37,7 +40,7 @@ FILMS = [("a1", "10000001", "50000001", "train",    "PA",      "0.95"),
          ("f1", "11000006", "50000007", "test",     "PA",      "0.8"),
          ("f2", "11000006", "50000007", "test",     "",        "0.8")]
 PLACE = {dicom: f"p{patient[:2]}/p{patient}/s{study}/{dicom}.jpg"
-         for dicom, patient, study, *_ in FILMS}
+         for dicom, patient, study, *_ in IMAGES}
 
 
 def entry(dicom, findings, impression=None, method="gpt4", **more):
@@ -65,7 +68,7 @@ TEXTS = {
 
 
 def answer(text, boxes, dicoms=("a1",), place=(), **more):
-    """An answer of MIMIC-Ext-CXR-QBA with boxes in pixels on some films of its study."""
+    """An answer of MIMIC-Ext-CXR-QBA with boxes in pixels on some images of its study."""
     return {"answer_id": "x", "answer_level": 0, "text": text, "positiveness": "pos",
             "from_report": True, "sub_answers": [], "localization": {
                 dicom: {"image_id": dicom, "bboxes": boxes, "is_fallback": False, **dict(place)}
@@ -90,7 +93,7 @@ QUESTIONS = {
         ("C03", [answer("Not of this rating.", [HEART])])],
     "s50000006": [("B01", [answer("Of another rating here.", [HEART], ["e1"])]),
                   ("B02", [answer("Small left effusion.", [HEART], ["e1"])])],
-    "s50000002": [("B01", [answer("Of a film dropped.", [HEART], ["b1"])])]}
+    "s50000002": [("B01", [answer("Of a image dropped.", [HEART], ["b1"])])]}
 RATED = {"App": [("s50000001", "B01"), ("s50000001", "B02"), ("s50000006", "B02"),
                  ("s50000002", "B01")],
          "Ap": [("50000001", "C03"), ("50000001", "B01"), ("50000006", "B01")]}
@@ -115,12 +118,12 @@ FUNNEL = {                                             # train, val, test; by ha
               "rating": [1, 1, 0]},
     "boxes": {"in": [10, 1, 0], "degenerate box": [3, 0, 0], "merged": [2, 0, 0]},
     "out": {"images": [3, 1, 1], "boxed images": [2, 1, 0], "studies": [2, 1, 1],
-            "boxed studies": [1, 1, 0], "patients": [2, 1, 1], "pairs": [4, 1, 0],
-            "boxes": [5, 1, 0]}}
+            "boxed studies": [1, 1, 0], "patients": [2, 1, 1], "reports": [3, 1, 1],
+            "pairs": [4, 1, 0], "boxes": [5, 1, 0]}}
 
 
-def film(seed, size=(W, H)):
-    """A smooth film with a bright corner at its upper left."""
+def drawn(seed, size=(W, H)):
+    """A smooth image with a bright corner at its upper left."""
     x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
     return Image.fromarray((255 * (1 - .4 * x - .5 * y) * (1 - .05 * (seed % 3))).astype(np.uint8))
 
@@ -158,23 +161,23 @@ def write_questions(folder, lead):
 def mimic_tree(root, lead="", gz=".gz"):
     """The four archives below root -> the command line that prepares them."""
     jpg = root / "mimic-cxr-jpg"
-    for n, (dicom, *_) in enumerate(FILMS):
+    for n, (dicom, *_) in enumerate(IMAGES):
         path = jpg / "files" / PLACE[dicom]
         path.parent.mkdir(parents=True, exist_ok=True)
         if dicom != "d1":
-            film(n).save(path, quality=95)
+            drawn(n).save(path, quality=95)
     half = jpg / "files" / PLACE["d2"]
     half.write_bytes(half.read_bytes()[:700])
     write_table(jpg / f"mimic-cxr-2.0.0-split.csv{gz}",
                 ["dicom_id", "study_id", "subject_id", "split"],
-                [[dicom, study, patient, split] for dicom, patient, study, split, *_ in FILMS])
+                [[dicom, study, patient, split] for dicom, patient, study, split, *_ in IMAGES])
     write_table(jpg / f"mimic-cxr-2.0.0-metadata.csv{gz}",
                 ["dicom_id", "subject_id", "ViewPosition", "Rows", "Columns", "StudyDate"],
-                [[dicom, patient, view, H, W, 2180] for dicom, patient, _, _, view, _ in FILMS])
+                [[dicom, patient, view, H, W, 2180] for dicom, patient, _, _, view, _ in IMAGES])
     write_table(root / f"MIMIC-CXR-JPG.csv{gz}",
                 ["dicom_id", "Dice RCA (Max)", "Dice RCA (Mean)", "Landmarks", "Left Lung"],
                 [[dicom, "0.99", dice, "1,2,3", "129656 10 " * 20_000 * (dicom == "a1")]
-                 for dicom, *_, dice in FILMS if dice is not None])
+                 for dicom, *_, dice in IMAGES if dice is not None])
     (root / "llava-rad" / "1.0.0").mkdir(parents=True)
     for split, entries in TEXTS.items():
         name = f"chat_{split}_MIMIC_CXR_all_gpt4extract_rulebased_v1.json"
@@ -197,7 +200,7 @@ def convert(monkeypatch, command, *more):
 
 def fails(monkeypatch, command, *more):
     """The one line of a run that must fail and leave neither manifest nor half a file."""
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(InputError) as error:
         convert(monkeypatch, command, *more)
     out = Path(str(command[command.index("--out") + 1]))
     assert not (out / "manifest.jsonl").exists() and not list(out.rglob("*.tmp"))
@@ -229,7 +232,7 @@ def mimic(tmp_path):
 
 def test_mimic_manifest_and_funnel_are_those_written_by_hand(monkeypatch, mimic, tmp_path, capsys):
     """Guards: both methods counted, laterals, NaN as text, a question id that repeats in another
-    study, sub-answers, fallback boxes, fused twins, boxes beyond the film, columns by place."""
+    study, sub-answers, fallback boxes, fused twins, boxes beyond the image, columns by place."""
     rows, notes = convert(monkeypatch, mimic)
     wanted = [{"image": f"images_512/{PLACE[dicom]}", "study": PLACE[dicom].split("/")[2],
                "patient": PLACE[dicom].split("/")[1], "split": split, "report": report,
@@ -248,7 +251,7 @@ def test_mimic_manifest_and_funnel_are_those_written_by_hand(monkeypatch, mimic,
 @pytest.mark.parametrize("lead, gz, workers", [("qa/", "", 2), (None, ".gz", 1)])
 def test_releases_that_differ_give_the_same_rows(monkeypatch, tmp_path, lead, gz, workers):
     """Guards: a leading folder in the zip, an unpacked folder or table, the order of workers;
-    --size 0 that writes or moves films (it does not open them, so half a film stays)."""
+    --size 0 that writes or moves images (it does not open them, so half a image stays)."""
     rows, _ = convert(monkeypatch, mimic_tree(tmp_path, lead, gz), "--size", 0, "--workers",
                       workers)
     assert [(Path(row["image"]).stem, row["split"], row["report"], row["regions"]) for row in rows
@@ -259,8 +262,8 @@ def test_releases_that_differ_give_the_same_rows(monkeypatch, tmp_path, lead, gz
         "manifest.jsonl", "prepare.json"]
 
 
-def test_films_are_shrunk_once(monkeypatch, mimic, tmp_path):
-    """Guards: boxes tied to the small film's pixels, films turned, stretched or enlarged, films
+def test_images_are_shrunk_once(monkeypatch, mimic, tmp_path):
+    """Guards: boxes tied to the small image's pixels, images turned, stretched or enlarged, images
     made again by a second run, another size taken for the one asked for."""
     rows, notes = convert(monkeypatch, mimic, "--size", 80, "--workers", 2)
     out = tmp_path / "out"
@@ -269,7 +272,7 @@ def test_films_are_shrunk_once(monkeypatch, mimic, tmp_path):
     assert notes["arguments"]["size"] == "80" and balanced(notes["funnel"])
     with Image.open(out / rows[0]["image"]) as small:
         assert small.size == (80, 100) and small.mode == "L"
-        wanted = np.asarray(film(0).resize((80, 100), Image.Resampling.BILINEAR), float)
+        wanted = np.asarray(drawn(0).resize((80, 100), Image.Resampling.BILINEAR), float)
         assert abs(np.asarray(small, float) - wanted).max() < 6
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
     manifest = (out / "manifest.jsonl").read_bytes()
@@ -283,7 +286,7 @@ def test_films_are_shrunk_once(monkeypatch, mimic, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, mimic, tmp_path):
-    """Guards: a manifest before its films, films made again, half a film taken for a whole."""
+    """Guards: a manifest before its images, images made again, half a image taken for a whole."""
     made, shrink = [], data.shrink
 
     def stop_at_third(job):
@@ -319,7 +322,7 @@ def test_what_is_left_out_is_said(monkeypatch, mimic, tmp_path):
     for words in ("official splits", "official views", "--chexmask", "--qba"):
         assert words in said
     rows, _ = convert(monkeypatch, without(mimic, "--chexmask"), "--size", 0)
-    assert rows[0]["regions"] == WANTED[0][3]                    # by the films' own sizes
+    assert rows[0]["regions"] == WANTED[0][3]                    # by the images' own sizes
 
 
 def test_method_rating_and_fusion_are_as_asked_for(monkeypatch, mimic):
@@ -371,7 +374,7 @@ def padchest_tree(root, zipped):
     images = root / "files" / "PadChest_GR"
     images.mkdir(parents=True)
     for n, name in enumerate(("i1", "i2", "i3", "i6")):
-        deep = np.asarray(film(n), np.uint16) * 10 + 800           # 12 of 16 bits
+        deep = np.asarray(drawn(n), np.uint16) * 10 + 800           # 12 of 16 bits
         Image.fromarray(deep).save(images / f"{name}.png")
     header = ["StudyID", "ImageID", "label", "sentence_en", "split", "PatientID"]
     split = dict(i1="train", i2="validation", i3="test", i4="train", i5="train")
@@ -397,7 +400,7 @@ def padchest_tree(root, zipped):
 @pytest.mark.parametrize("zipped", [False, True])
 def test_padchest_manifest_is_the_one_written_by_hand(monkeypatch, tmp_path, zipped):
     """Guards: x and y swapped, the second reader's boxes, healthy sentences lost from the report,
-    absent keys, black 16-bit films, a pool without the validation split."""
+    absent keys, black 16-bit images, a pool without the validation split."""
     command = padchest_tree(tmp_path, zipped)
     rows, notes = convert(monkeypatch, command)
     assert rows == [{"image": f"images_512/{name}.jpg", "study": f"study {name}",
@@ -428,7 +431,7 @@ def test_padchest_without_its_table_and_with_originals(monkeypatch, tmp_path):
 
 
 def test_padchest_boxes_in_pixels_are_refused(monkeypatch, tmp_path):
-    """Guards: a release with another box format clipped to the whole film in silence."""
+    """Guards: a release with another box format clipped to the whole image in silence."""
     command = padchest_tree(tmp_path, zipped=False)
     (tmp_path / "reports.json").write_text(json.dumps([{"ImageID": "i1.png", "findings": [
         {"sentence_en": "A.", "boxes": [[10, 20, 300, 400]]}]}]))
@@ -441,7 +444,7 @@ MS_ROWS = [("a1", "Edema", "mild  edema", 16, 20, 80, 100), ("a1", "Edema", "mil
                                                                    40, 50),
            ("a1", "Pneumonia", "mild edema", 16, 20, 80, 100), ("e1", "Edema", "edema", 80, 100,
                                                                  160, 20),
-           ("f1", "Edema", "at the edge", 160, 0, 10, 10), ("d1", "Edema", "no film", 0, 0, 9, 9)]
+           ("f1", "Edema", "at the edge", 160, 0, 10, 10), ("d1", "Edema", "no image", 0, 0, 9, 9)]
 
 
 @pytest.mark.parametrize("split", [None, "test"])
@@ -498,14 +501,14 @@ def killed(_):
 
 
 def test_the_pool_is_in_order_bounded_and_says_when_it_dies():
-    """Guards: a zip of 37 GB queued in memory, results of one film given to another, a hang."""
+    """Guards: a zip of 37 GB queued in memory, results of one image given to another, a hang."""
     given = []
     jobs = (given.append(n) or str(n) for n in range(60))
-    for n, result in enumerate(data.parallel(int, jobs, 2)):
+    for n, result in enumerate(data.map_processes(int, jobs, 2)):
         assert result == n and len(given) <= n + 10
     assert n == 59
-    with pytest.raises(data.DataError, match="--workers"):
-        list(data.parallel(killed, range(3), 2))
+    with pytest.raises(InputError, match="--workers"):
+        list(data.map_processes(killed, range(3), 2))
 
 
 # ---- bad days ------------------------------------------------------------------------------------
@@ -530,10 +533,10 @@ def header_only(path):
 TABLE, SPLIT = "MIMIC-CXR-JPG.csv.gz", "mimic-cxr-jpg/mimic-cxr-2.0.0-split.csv.gz"
 ZIP, RATED_TABLE = "qba/exports/A_frontal/qa.zip", "metadata/App/question_metadata.csv.gz"
 CHAT = "llava-rad/1.0.0/chat_test_MIMIC_CXR_all_gpt4extract_rulebased_v1.json"
-BAD = [(TABLE, cut, "download whole"), (SPLIT, cut, "download whole"), (ZIP, cut, "download whole"),
-       (ZIP, spoil, "download whole"), (CHAT, cut, "cut short"), (TABLE, header_only, "dicom_id"),
-       (TABLE, Path.unlink, "No such file"), (ZIP, Path.unlink, "--qba wants"),
-       (CHAT, Path.unlink, "--llava-rad wants"),
+BAD = [(TABLE, cut, "download complete"), (SPLIT, cut, "download complete"), (ZIP, cut, "download complete"),
+       (ZIP, spoil, "download complete"), (CHAT, cut, "cut short"), (TABLE, header_only, "dicom_id"),
+       (TABLE, Path.unlink, "No such file"), (ZIP, Path.unlink, "--qba expects"),
+       (CHAT, Path.unlink, "--llava-rad expects"),
        (f"qba/exports/A_frontal/{RATED_TABLE}", Path.unlink, "--rating A++")]
 
 
@@ -546,23 +549,24 @@ def test_a_damaged_or_missing_source_is_one_line(monkeypatch, mimic, tmp_path, n
 
 
 @pytest.mark.parametrize("flag, words", [("--images", "root of MIMIC-CXR-JPG"),
-                                         ("--llava-rad", "--llava-rad wants"),
-                                         ("--qba", "--qba wants"), ("--chexmask", "directory")])
+                                         ("--llava-rad", "--llava-rad expects"),
+                                         ("--qba", "--qba expects"), ("--chexmask", "directory")])
 def test_a_wrong_folder_is_one_line(monkeypatch, mimic, tmp_path, flag, words):
-    """Guards: an empty manifest, or hours of films before the mistake is said."""
+    """Guards: an empty manifest, or hours of images before the mistake is said."""
     (tmp_path / "empty").mkdir()
     said = fails(monkeypatch, mimic, "--size", 80, flag, tmp_path / "empty")
     assert words in said and not list((tmp_path / "out").iterdir())
 
 
 def test_a_full_disk_leaves_no_half_file(monkeypatch, mimic, tmp_path):
-    """Guards: a cut film taken for done by the next run, a manifest cut at the end of the space."""
+    """Guards: a cut image taken for done by the next run, a manifest cut at the end of the space."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full, a device without space")
     out = tmp_path / "out"
+    monkeypatch.setattr(metrics.uuid, "uuid4", lambda: SimpleNamespace(hex="draft"))
     for name in (f"images_80/{PLACE['c2']}", "prepare.json", "manifest.jsonl"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        draft = out / f"{name}.tmp"
+        draft = (out / name).with_name(f".{(out / name).name}.draft.tmp")
         draft.symlink_to("/dev/full")
         said = fails(monkeypatch, mimic, "--size", 80)
         assert "No space left on device" in said and str(out / name) in said
@@ -578,7 +582,7 @@ def test_another_set_is_not_written_over(monkeypatch, mimic, tmp_path, phantom):
     (other / "prepare.json").write_text('{"command": "ms-cxr"}')
     for out in (phantom, other):
         before = (out / "manifest.jsonl").read_bytes()
-        with pytest.raises(data.DataError, match="name another --out"):
+        with pytest.raises(InputError, match="choose another --out"):
             convert(monkeypatch, [*mimic[:-1], out])
         assert (out / "manifest.jsonl").read_bytes() == before
 
