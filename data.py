@@ -443,37 +443,26 @@ def row_problem(row, folder):
             return f"{key!r} is {row.get(key)!r:.80}, expected text"
     if row["split"] not in SPLITS:
         return f"'split' is {row['split']!r:.80}, expected one of {', '.join(SPLITS)}"
-    if not isinstance(row.get("report"), (str, type(None))):
-        return f"'report' is {row['report']!r:.80}, expected text"
-    if not isinstance(row.get("regions"), (list, type(None))):
-        return f"'regions' is {row['regions']!r:.80}, expected a list"
+    for key, kind, words in (("report", str, "text"), ("regions", list, "a list")):
+        if not isinstance(row.get(key), (kind, type(None))):
+            return f"{key!r} is {row[key]!r:.80}, expected {words}"
     for region in row.get("regions") or []:
-        if problem := region_problem(region):
-            return problem
+        if not isinstance(region, dict) or not isinstance(region.get("boxes"), list) \
+                or not isinstance(region.get("phrase"), str) or not region["phrase"].strip():
+            return (f"region {region!r:.120}, expected {{'phrase': text, "
+                    "'boxes': [[x0, y0, x1, y1], ...]}")
+        for box in region["boxes"]:
+            if problem := box_problem(box):
+                return (f"box {box!r:.120} of {region['phrase']!r:.80} {problem}; "
+                        "expected [x0, y0, x1, y1] in [0, 1]")
     if not (folder / row["image"]).is_file():
         return f"image {folder / row['image']} does not exist"
     return None
 
 
-def region_problem(region):
-    """What is invalid about a region of a row, in words; None if it is valid."""
-    if not isinstance(region, dict) or not isinstance(region.get("boxes"), list) \
-            or not isinstance(region.get("phrase"), str) or not region["phrase"].strip():
-        return (f"region {region!r:.120}, expected {{'phrase': text, "
-                "'boxes': [[x0, y0, x1, y1], ...]}")
-    for box in region["boxes"]:
-        if problem := box_problem(box):
-            return (f"box {box!r:.120} of {region['phrase']!r:.80} {problem}; "
-                    "expected [x0, y0, x1, y1] in [0, 1]")
-    return None
-
-
 def find_row(rows, image):
-    """The row of read_manifest whose image is this file, by its path, else by its bytes; or None.
-
-    So a copy of an image of the set is recognized too."""
-    places = {os.path.abspath(image), os.path.realpath(image)}
-    size = os.path.getsize(image)
+    """The row whose image is this file or, by its bytes, a copy of it; None if there is none."""
+    places, size = {os.path.abspath(image), os.path.realpath(image)}, os.path.getsize(image)
     for row in rows:
         if os.path.abspath(row["path"]) in places:
             return row
@@ -500,7 +489,7 @@ def cut_text(tokenizer, text, length=PROMPT_TOKENS):
     ids = plain_ids(tokenizer, text)
     if len(ids) <= length:
         return text
-    say_once(f"note: a prompt or phrase of over {length} tokens is cut to its first {length}")
+    say_once(f"note: a prompt of over {length} tokens is cut to its first {length}")
     return tokenizer.decode(ids[:length])
 
 
@@ -860,8 +849,8 @@ def is_whole_phantom(folder, sizes=PHANTOM_SIZES):
 
 # ---- converters: sources read in place, a line or a member at a time -----------------------------
 
-DAMAGED = (OSError, EOFError, ValueError, RuntimeError, csv.Error, struct.error, zlib.error,
-           zipfile.BadZipFile)
+DAMAGED = (OSError, EOFError, ValueError, RuntimeError, KeyError, TypeError, csv.Error,
+           struct.error, zlib.error, zipfile.BadZipFile)
 
 
 @contextlib.contextmanager
@@ -1049,25 +1038,23 @@ class Conversion:
     in, "out" what is left; every other reason says why something was dropped."""
 
     def __init__(self, args):
-        self.command, self.out, self.size, self.workers = (args.command, args.out, args.size,
-                                                           args.workers)
+        self.command, self.out, self.size = args.command, args.out, args.size
+        self.workers, self.funnel, self.lost = args.workers, Counter(), []
         self.arguments = {name: str(value) for name, value in vars(args).items() if name != "run"}
-        self.funnel, self.lost = Counter(), []
         for flag, value, least, most in (("--size", args.size, 0, 1 << 16),
                                          ("--workers", args.workers, 1, 1 << 16),
                                          ("--wbf-iou", getattr(args, "wbf_iou", 0), 0, 1)):
             if not least <= value <= most:
                 raise InputError(f"{flag} {value}: expected a number from {least} to {most}")
+        notes = self.out / "prepare.json"
         with reading(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            notes = self.out / "prepare.json"
             mine = notes.exists() and f'"command": "{self.command}"' in notes.read_text()
-        files = [self.out / name for name in ("manifest.jsonl", "prepare.json", "LICENSES.csv")]
-        for path in files:
+        for path in (self.out / "manifest.jsonl", notes, self.out / "LICENSES.csv"):
             if path.exists() and not mine:
                 raise InputError(f"{path}: exists and was not written by {self.command}; choose "
                                  "another --out")
-            check_output(path, [p for p in self.arguments.values() if os.path.isfile(p)])
+            check_output(path, filter(os.path.isfile, self.arguments.values()))
 
     def admit(self, row, reason):
         """Count a row that came in, and why it is dropped -> whether it stays."""
@@ -1113,21 +1100,19 @@ class Conversion:
                        for phrase, boxes in row["pairs"]]
             row["regions"] = [region for region in regions if region]
 
-    def count_output(self, rows):
-        """Count what is left -> all counts as {table: {reason: {split: n}}}."""
+    def finish(self, rows, published):
+        """Print the funnel and what is missing; write prepare.json, then manifest.jsonl.
+
+        published: {"table reason": a count of the paper or of the data set's page}."""
         for split in SPLITS:
             for name, n in count_rows(rows, split).items():
                 self.funnel["out", name, split] = n
-        tables = {table: {} for table in ("images", "pairs", "boxes", "out")}
-        for table, reason, _ in self.funnel:
-            tables[table][reason] = {s: self.funnel[table, reason, s] for s in SPLITS}
-        return {table: reasons for table, reasons in tables.items() if reasons}
-
-    def finish(self, rows, published):
-        """Print the funnel and what is lost; write prepare.json, then manifest.jsonl.
-
-        published: {"table reason": a count of the paper or the data set's page}."""
-        tables = self.count_output(rows)
+        tables = {}
+        for table in ("images", "pairs", "boxes", "out"):
+            reasons = dict.fromkeys(reason for t, reason, _ in self.funnel if t == table)
+            if reasons:
+                tables[table] = {reason: {s: self.funnel[table, reason, s] for s in SPLITS}
+                                 for reason in reasons}
         print(format_table([("", *SPLITS)] + [
             (f"{table} {reason}", *(f"{n:,}" for n in by_split.values()))
             for table, reasons in tables.items() for reason, by_split in reasons.items()]))
@@ -1449,24 +1434,20 @@ def lung_pairs(path):
     """{file name: ([(phrase, boxes in pixels)], (width, height))} of the lung annotations (COCO).
 
     Of two boxes the patient's right lung is the one further left; a single one needs a category."""
+    found, pairs = defaultdict(list), {}
     with open_text(path) as text:
         coco = json.load(text)
-    found, pairs = defaultdict(list), {}
-    try:
         for note in coco["annotations"]:
-            if None not in note["bbox"]:
+            if None not in note["bbox"]:                       # some are empty
                 x, y, w, h = note["bbox"]
                 found[note["image_id"]].append(([x, y, x + w, y + h], note.get("category_id")))
         for image in coco["images"]:
-            boxes = found[image["id"]]
+            boxes, phrases = found[image["id"]], defaultdict(list)
             if len(boxes) == 2:
                 boxes = zip(sorted(box for box, _ in boxes), LUNGS)
-            phrases = defaultdict(list)
             for box, category in boxes:
                 phrases[LUNGS.get(category)].append(box)
             pairs[image["file_name"]] = list(phrases.items()), (image["width"], image["height"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: expected COCO annotations, got an invalid entry ({error})")
     return pairs
 
 
@@ -1479,32 +1460,31 @@ def covid_rows(run, repo, lungs):
         name, report = line["filename"], line["clinical_notes"] or line["notes"]
         patient, licence = line["patientid"] or name, line["license"] or "unstated"
         pairs, scale = lungs.get(name, ([], None))
-        row = {"study": f"{patient}-{zlib.crc32(report.encode()):08x}",   # a note: one study
+        row = {"study": f"{patient}-{zlib.crc32(report.encode()):08x}",        # a note, a study
                "patient": patient, "report": report, "pairs": pairs, "scale": scale,
                "split": "train" if zlib.crc32(patient.encode()) % 5 else "test",
-               "source": repo / (line["folder"] or "images") / name, "name": f"{name}.jpg",
-               "licence": (name, licence, line["url"])}
-        reason = ("not X-ray" if line["modality"].lower() not in ("", "x-ray") else
-                  "view" if line["view"] not in COVID_VIEWS else
-                  "licence" if NO_DERIVATIVES.search(licence) else
-                  "no text" if not (report or pairs) else
-                  "repeated image" if name in seen else None)
-        if run.admit(row, reason):
+               "source": repo / (line["folder"] or "images") / name,
+               "name": name.removesuffix(".jpg") + ".jpg", "licence": (name, licence, line["url"])}
+        if run.admit(row, "not X-ray" if line["modality"].lower() not in ("", "x-ray") else
+                     "view" if line["view"] not in COVID_VIEWS else
+                     "licence" if NO_DERIVATIVES.search(licence) else
+                     "no text" if not (report or pairs) else
+                     "repeated image" if name in seen else None):
             seen.add(name)
             yield row
 
 
 def prepare_covid_cxr(args):
-    """A clone of ieee8023/covid-chestxray-dataset -> a manifest with the lungs' boxes, and
-    LICENSES.csv. Not in the paper."""
+    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv; not in the
+    paper."""
     run = Conversion(args)
     lungs = lung_pairs(args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json")
     rows = run.prepare_images(list(covid_rows(run, args.repo, lungs)))
     run.add_regions(rows)
-    table = io.StringIO()
-    csv.writer(table).writerows([("image", "original_file", "licence", "source")] + [
+    licences = io.StringIO()
+    csv.writer(licences).writerows([("image", "original_file", "licence", "source")] + [
         (row["image"], *row["licence"]) for row in rows])
-    write_file(args.out / "LICENSES.csv", lambda draft: draft.write_text(table.getvalue()))
+    write_file(args.out / "LICENSES.csv", lambda draft: draft.write_text(licences.getvalue()))
     run.finish(rows, {})
 
 
@@ -1512,39 +1492,32 @@ def prepare_covid_cxr(args):
 
 def manifest_notes(rows):
     """What is odd, though valid, about rows of a manifest -> one line each; no image is read."""
-    notes = [*key_notes(rows, ROW_KEYS, "rows"),
-             *key_notes([g for row in rows for g in row.get("regions") or []], REGION_KEYS,
-                        "regions")]
-    for words, keys in (("rows are repeated word for word", [row_text(row) for row in rows]),
-                        ("rows name an image that another row names", [r["image"] for r in rows])):
-        if n := len(keys) - len(set(keys)):
-            notes.append(f"{n} {words}")
-    if n := sum(not (row.get("report") or row.get("regions")) for row in rows):
-        notes.append(f"{n} rows have neither a report nor regions: only their images are used")
-    boxes = [box for row in rows for g in row.get("regions") or [] for box in g["boxes"]]
-    if n := len(boxes) - len(drop_degenerate(boxes)):
-        notes.append(f"{n} boxes of almost no area are dropped when the manifest is read")
-    splits = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
+    regions = [region for row in rows for region in row.get("regions") or []]
+    boxes = [box for region in regions for box in region["boxes"]]
+    patients = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
+    texts = [json.dumps(row, sort_keys=True) for row in rows]
+    counts = {"rows repeated word for word": len(texts) - len(set(texts)),
+              "rows whose image another row has": len(rows) - len({r["image"] for r in rows}),
+              "rows with neither report nor regions":
+                  sum(not (row.get("report") or row.get("regions")) for row in rows),
+              "boxes of almost no area, dropped when read": len(boxes) - len(drop_degenerate(boxes))}
+    notes = [f"{words}: {n:,}" for words, n in counts.items() if n]
+    notes += unknown_keys(rows, ROW_KEYS) + unknown_keys(regions, REGION_KEYS)
     for split in ("val", "test"):
-        if not splits[split]:
+        if not patients[split]:
             notes.append(f"no rows of split {split!r}")
-        if shared := splits["train"] & splits[split]:
-            notes.append(f"{len(shared)} patients are in train and in {split}, such as "
-                         f"{min(shared)!r}: scores of {split} will be too good")
+        if shared := patients["train"] & patients[split]:
+            notes.append(f"patients both in train and in {split}, whose scores will be too good: "
+                         f"{len(shared):,}, such as {min(shared)!r}")
     return notes
 
 
-def row_text(row):
-    return json.dumps(row, sort_keys=True)
-
-
-def key_notes(objects, known, what):
-    """A line for each key that is not known, which may be a misspelt one."""
+def unknown_keys(objects, known):
+    """A line for each key that nothing reads; it may be a misspelt one."""
     counts = Counter(key for thing in objects for key in thing if key not in (*known, "path"))
-    for key, n in counts.items():
-        close = difflib.get_close_matches(key, known, 1)
-        yield (f"unknown key {key!r} in {n} {what} is ignored"
-               + (f"; did you mean {close[0]!r}?" if close else ""))
+    close = {key: difflib.get_close_matches(key, known, 1) for key in counts}
+    return [f"unknown key {key!r}, not read: {n:,}"
+            + (f"; is {close[key][0]!r} meant?" if close[key] else "") for key, n in counts.items()]
 
 
 def check(data, png):
@@ -1575,11 +1548,9 @@ def check(data, png):
     counts = {split: count_rows(rows, split) for split in SPLITS}
     print(format_table([("", *counts["train"])] + [
         (split, *(f"{n:,}" for n in of_split.values())) for split, of_split in counts.items()]))
-    for n, words in ((n_flat, "images have a single grey value"),
-                     (len(rows) - len(pictures), "images look the same as the image of another row")):
-        if n:
-            print(f"note: {n} {words}")
-    for note in manifest_notes(rows):
+    looks = {"images of a single grey value": n_flat,
+             "images that look the same as another row's": len(rows) - len(pictures)}
+    for note in [f"{words}: {n:,}" for words, n in looks.items() if n] + manifest_notes(rows):
         print(f"note: {note}")
     if rows:
         draw_sheet(rows, png)
@@ -1605,26 +1576,30 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description="Make and check data sets of manifest.jsonl rows (see the top of data.py).")
     commands = parser.add_subparsers(dest="command", required=True)
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    command = commands.add_parser(
-        "phantom", help="draw chest X-rays with findings, reports and boxes",
-        formatter_class=defaults)
+    defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    command = commands.add_parser("phantom", **defaults, help="draw chest X-rays with findings, "
+                                  "reports and boxes")
     command.set_defaults(run=run_phantom)
     command.add_argument("out", help="folder to write; an existing one is not touched")
     for split, n in PHANTOM_SIZES.items():
         command.add_argument(f"--{split}", type=int, default=n, metavar="N",
                              help=f"images of the {split} split")
     command.add_argument("--seed", type=int, default=0, help="the same seed draws the same images")
-    add_mimic_cxr(commands)
-    add_padchest_gr(commands)
-    add_ms_cxr(commands)
-    sources, _ = add_converter(commands, "covid-cxr", prepare_covid_cxr, "X-rays, clinical notes "
-                               "and lung boxes of the open COVID-19 image data collection")
-    sources.add_argument("--repo", required=True, type=Path, metavar="DIR", help="a clone of "
-                         "https://github.com/ieee8023/covid-chestxray-dataset")
-    command = commands.add_parser(
-        "check", help="read every row and image, count, draw eight rows with boxes",
-        formatter_class=defaults)
+    add_mimic_flags(add_converter(commands, "mimic-cxr", prepare_mimic_cxr, "images of MIMIC-CXR-"
+                                  "JPG, texts of LLaVA-Rad, boxes of MIMIC-Ext-CXR-QBA"))
+    add_padchest_flags(add_converter(commands, "padchest-gr", prepare_padchest_gr,
+                                     "images, sentences and boxes of PadChest-GR"))
+    add = add_converter(commands, "ms-cxr", prepare_ms_cxr,
+                        "images of MIMIC-CXR-JPG, phrases and boxes of MS-CXR")
+    add("--images", required=True, metavar="DIR", help=MIMIC_ROOT)
+    add("--table", required=True, metavar="CSV",
+        help="MS_CXR_Local_Alignment_v*.csv; rows without a split there have MIMIC's")
+    add = add_converter(commands, "covid-cxr", prepare_covid_cxr, "X-rays, clinical notes and lung "
+                        "boxes of the open COVID-19 image data collection")
+    add("--repo", required=True, type=Path, metavar="DIR",
+        help="a clone of https://github.com/ieee8023/covid-chestxray-dataset")
+    command = commands.add_parser("check", **defaults, help="read every row and image, count, draw "
+                                  "eight rows with boxes")
     command.set_defaults(run=run_check)
     command.add_argument("data", help="folder with manifest.jsonl, or that file")
     command.add_argument("--png", default="runs/check.png", help="where to draw")
@@ -1632,13 +1607,12 @@ def parse_args():
 
 
 def add_converter(commands, name, prepare, words):
-    """A converter's command with the flags they share. -> its groups of sources and choices."""
+    """A converter's command with the flags that all share -> the function that adds its own."""
     command = commands.add_parser(name, help=f"{words} -> a manifest", description=f"{words} -> a "
                                   "manifest. The archives are read where they are; the README "
                                   "says where to get them.")
     command.set_defaults(run=prepare)
-    sources, choices, output = (command.add_argument_group(title)
-                                for title in ("sources", "choices", "output"))
+    sources, output = map(command.add_argument_group, ("sources and choices", "output"))
     output.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for "
                         "manifest.jsonl, prepare.json (the counts) and the images; given again "
                         "after an interruption, it continues where it was")
@@ -1648,54 +1622,38 @@ def add_converter(commands, name, prepare, words):
                         "encoder's input, Sec. 2.0.4)")
     output.add_argument("--workers", type=int, default=min(8, os.cpu_count()), metavar="N",
                         help="processes that decode and parse (default: the CPUs, at most 8)")
-    return sources, choices
+    return sources.add_argument
 
 
 MIMIC_ROOT = "root of MIMIC-CXR-JPG: files/, and if there the split and metadata csv.gz"
 
 
-def add_mimic_cxr(commands):
-    sources, choices = add_converter(
-        commands, "mimic-cxr", prepare_mimic_cxr,
-        "images of MIMIC-CXR-JPG, texts of LLaVA-Rad, boxes of MIMIC-Ext-CXR-QBA")
-    sources.add_argument("--images", required=True, metavar="DIR", help=MIMIC_ROOT)
-    sources.add_argument("--llava-rad", required=True, metavar="DIR", help="folder of the "
-                         "LLaVA-Rad annotations: chat_{train,dev,test}_*.json")
-    sources.add_argument("--qba", metavar="DIR", help="root of MIMIC-Ext-CXR-QBA, with "
-                         "exports/A_frontal (default: none, so no boxes)")
-    sources.add_argument("--chexmask", metavar="FILE", help="CheXmask's MIMIC-CXR-JPG.csv, or .gz: "
-                         "images with Dice RCA (Mean) below 0.7 are dropped (default: none, so all "
-                         "are kept)")
-    choices.add_argument("--method", choices=METHODS, default=METHODS[0], help="which texts of "
-                         "LLaVA-Rad; where a file has none of them, the others are used and it is "
-                         "said (default: %(default)s, an LLM's, Sec. 3.0.1)")
-    choices.add_argument("--rating", choices=RATINGS, default="A++", help="least rating of a "
-                         "text-box pair's question (default: %(default)s, Sec. 3.0.1)")
-    choices.add_argument("--wbf-iou", type=float, default=0.1, metavar="IOU", help="boxes of a "
-                         "sentence that overlap more are fused into their mean, 0 to 1 (default: "
-                         "%(default)s, of the authors' later code; not stated in the paper)")
+def add_mimic_flags(add):
+    add("--images", required=True, metavar="DIR", help=MIMIC_ROOT)
+    add("--llava-rad", required=True, metavar="DIR",
+        help="folder of the LLaVA-Rad annotations: chat_{train,dev,test}_*.json")
+    add("--qba", metavar="DIR", help="root of MIMIC-Ext-CXR-QBA, with exports/A_frontal (default: "
+        "none, so no boxes)")
+    add("--chexmask", metavar="FILE", help="CheXmask's MIMIC-CXR-JPG.csv, or .gz: images with Dice "
+        "RCA (Mean) below 0.7 are dropped (default: none, so all are kept)")
+    add("--method", choices=METHODS, default=METHODS[0], help="which texts of LLaVA-Rad; where a "
+        "file has none of them, the others are used and it is said (default: %(default)s, an "
+        "LLM's, Sec. 3.0.1)")
+    add("--rating", choices=RATINGS, default="A++", help="least rating of a text-box pair's "
+        "question (default: %(default)s, Sec. 3.0.1)")
+    add("--wbf-iou", type=float, default=0.1, metavar="IOU", help="boxes of a sentence that "
+        "overlap more are fused into their mean, 0 to 1 (default: %(default)s, of the authors' "
+        "later code; not stated in the paper)")
 
 
-def add_padchest_gr(commands):
-    sources, choices = add_converter(commands, "padchest-gr", prepare_padchest_gr,
-                                     "images, sentences and boxes of PadChest-GR")
-    sources.add_argument("--images", required=True, metavar="DIR_OR_ZIP",
-                         help="the 16-bit PNGs, in a folder (of any depth) or a zip")
-    sources.add_argument("--reports", required=True, metavar="JSON",
-                         help="grounded_reports_20240819.json")
-    sources.add_argument("--table", metavar="CSV", help="master_table.csv, or .csv.zip: splits and "
-                         "patients (default: none, so all rows are of train)")
-    choices.add_argument("--official-val", action="store_true", help="keep the validation split "
-                         "as val (default: it is of train, as the paper's pool of 2,404 X-rays "
-                         "is train and validation, Sec. 3.0.1)")
-
-
-def add_ms_cxr(commands):
-    sources, _ = add_converter(commands, "ms-cxr", prepare_ms_cxr,
-                               "images of MIMIC-CXR-JPG, phrases and boxes of MS-CXR")
-    sources.add_argument("--images", required=True, metavar="DIR", help=MIMIC_ROOT)
-    sources.add_argument("--table", required=True, metavar="CSV", help="MS_CXR_Local_Alignment_"
-                         "v*.csv; rows without a split there have MIMIC's")
+def add_padchest_flags(add):
+    add("--images", required=True, metavar="DIR_OR_ZIP",
+        help="the 16-bit PNGs, in a folder (of any depth) or a zip")
+    add("--reports", required=True, metavar="JSON", help="grounded_reports_20240819.json")
+    add("--table", metavar="CSV", help="master_table.csv, or .csv.zip: splits and patients "
+        "(default: none, so all rows are of train)")
+    add("--official-val", action="store_true", help="keep the validation split as val (default: it "
+        "is of train, as the paper's pool of 2,404 X-rays is train and validation, Sec. 3.0.1)")
 
 
 def run_phantom(args):

@@ -244,7 +244,7 @@ def test_mimic_manifest_and_funnel_are_those_written_by_hand(monkeypatch, mimic,
     printed = capsys.readouterr().out
     assert "394,835" in printed and "python data.py check" in printed.splitlines()[-1]
     said = " ".join(notes["lost"])                 # of the test file; c2's and f1's studies
-    assert "its rule-based ones" in said and "2 studies" in said and len(notes["lost"]) == 2
+    assert "its rule-based texts" in said and "2 studies" in said and len(notes["lost"]) == 2
     assert data.check(tmp_path / "out", tmp_path / "sheet.png") == 0
 
 
