@@ -400,7 +400,8 @@ class Collate:
 
 # ---- reading a manifest: what is checked ---------------------------------------------------------
 
-ROW_KEYS, REGION_KEYS = ("image", "study", "patient", "split", "report", "regions"), ("phrase", "boxes")
+ROW_KEYS = ("image", "study", "patient", "split", "report", "regions")
+REGION_KEYS = ("phrase", "boxes")
 
 
 def parse_line(line):
@@ -681,7 +682,8 @@ def draw_anatomy(canvas, heart):
     lungs = canvas.mask(RIGHT_LUNG, mirror(RIGHT_LUNG, "left"), blur=.008)
     canvas.add(lungs, -rng.uniform(82, 92))
     canvas.add(canvas.mask([(-.10, -1.1), (.10, -1.1), (.12, 1.3), (-.12, 1.3)], blur=.02), 38)
-    canvas.add(canvas.mask([(-.035, -1.1), (.035, -1.1), (.03, -.42), (-.03, -.42)], blur=.008), -26)
+    trachea = [(-.035, -1.1), (.035, -1.1), (.03, -.42), (-.03, -.42)]
+    canvas.add(canvas.mask(trachea, blur=.008), -26)
     ribs = [[(-.10, y - .05), (-.32, y - .10), (-.55, y - .02), (-.72, y + .16)]
             for y in np.arange(-.66, .5, .155)]
     canvas.add(canvas.mask(*on_both_sides(ribs), blur=.004, line=.016 * wide), 13)
@@ -733,7 +735,8 @@ def draw_effusion(canvas, side, _, width):
 
 
 def draw_pneumothorax(canvas, side, _, width):
-    edge, base = width * canvas.rng.uniform(.6, .8), -.78 + 2 * width * canvas.rng.uniform(.95, 1.05)
+    rng = canvas.rng
+    edge, base = width * rng.uniform(.6, .8), -.78 + 2 * width * rng.uniform(.95, 1.05)
     line = [(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge), (-.70, base)]
     outline = mirror([(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
                      + line[::-1], side)
@@ -994,7 +997,7 @@ def make_region(phrase, boxes, scale, split, funnel, iou=None):
     except (TypeError, ValueError):
         raise InputError(f"{phrase!r} has boxes {boxes}, expected lists of 4 numbers")
     if scale == (1, 1) and (fractions > 2).any():
-        raise InputError(f"{phrase!r} has boxes {boxes}, which look like pixels; expected fractions")
+        raise InputError(f"{phrase!r} has boxes {boxes}, expected fractions, got pixels")
     inside = drop_degenerate(fractions.clip(0, 1).round(5).tolist())
     fused = inside if iou is None else weighted_boxes_fusion(inside, iou)
     funnel.update({("boxes", "in", split): len(boxes),
@@ -1447,7 +1450,8 @@ def lung_pairs(path):
                 boxes = zip(sorted(box for box, _ in boxes), LUNGS)
             for box, category in boxes:
                 phrases[LUNGS.get(category)].append(box)
-            pairs[image["file_name"]] = list(phrases.items()), (image["width"], image["height"])
+            if phrases:
+                pairs[image["file_name"]] = list(phrases.items()), (image["width"], image["height"])
     return pairs
 
 
@@ -1500,7 +1504,8 @@ def manifest_notes(rows):
               "rows whose image another row has": len(rows) - len({r["image"] for r in rows}),
               "rows with neither report nor regions":
                   sum(not (row.get("report") or row.get("regions")) for row in rows),
-              "boxes of almost no area, dropped when read": len(boxes) - len(drop_degenerate(boxes))}
+              "boxes of almost no area, dropped when read":
+                  len(boxes) - len(drop_degenerate(boxes))}
     notes = [f"{words}: {n:,}" for words, n in counts.items() if n]
     notes += unknown_keys(rows, ROW_KEYS) + unknown_keys(regions, REGION_KEYS)
     for split in ("val", "test"):

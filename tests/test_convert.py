@@ -468,6 +468,107 @@ def test_ms_cxr_manifest_is_the_one_written_by_hand(monkeypatch, mimic, tmp_path
     assert balanced(notes["funnel"]) and notes["lost"] == []
 
 
+# ---- covid-cxr -----------------------------------------------------------------------------------
+
+NOTE = 'He said "cough".\nThe  lungs, both,\nare clear.'
+COVID = [  # patient, view, modality, file, licence, note
+    ("1", "PA", "X-ray", "a.jpg", "CC BY-NC-SA", NOTE), ("1", "AP", "X-ray", "b.png", "", NOTE),
+    ("4", "AP Supine", "X-ray", "c.jpeg", "", ""), ("2", "L", "X-ray", "d.jpg", "", "Lateral."),
+    ("2", "Axial", "CT", "e.nii.gz", "", "A CT."), ("2", "PA", "X-ray", "f.jpg", "CC BY-NC-ND 4.0",
+                                                    "Not to be changed."),
+    ("2", "PA", "X-ray", "gone.jpg", "", "No file."), ("2", "PA", "X-ray", "g.png.gz", "", "Zip."),
+    ("3", "PA", "X-ray", "h.webp-1.png", "", "One lung."), ("3", "PA", "X-ray", "i.jpg", "", ""),
+    ("1", "PA", "X-ray", "a.jpg", "", "Again."), ("", "PA", "X-ray", "j.jpg", "", "No patient.")]
+BOXES = [  # file, category, x, y, w, h; of images of 160 x 200
+    ("a.jpg", 1, 16, 20, 48, 100), ("a.jpg", 2, 80, 20, 64, 160),
+    ("b.png", None, 80, 20, 64, 160), ("b.png", None, 16, 20, 48, 100),
+    ("c.jpeg", 2, -8, -10, 72, 110), ("c.jpeg", 1, 80, 100, 96, 120), ("h.webp-1.png", 2, 80, 100,
+                                                                       40, 50),
+    ("j.jpg", None, 0, 0, 10, 10), ("i.jpg", 1, None, None, None, None)]
+RIGHT, LEFT = "Right lung.", "Left lung."
+COVID_WANTED = [  # file, patient, report, regions
+    ("a.jpg", "1", 'He said "cough". The lungs, both, are clear.',
+     [(RIGHT, [0.1, 0.1, 0.4, 0.6]), (LEFT, [0.5, 0.1, 0.9, 0.9])]),
+    ("b.png.jpg", "1", 'He said "cough". The lungs, both, are clear.',
+     [(RIGHT, [0.1, 0.1, 0.4, 0.6]), (LEFT, [0.5, 0.1, 0.9, 0.9])]),
+    ("c.jpeg.jpg", "4", "", [(RIGHT, [0, 0, 0.4, 0.5]), (LEFT, [0.5, 0.5, 1, 1])]),
+    ("h.webp-1.png.jpg", "3", "One lung.", [(LEFT, [0.5, 0.5, 0.75, 0.75])]),
+    ("j.jpg", "j.jpg", "No patient.", [])]
+
+
+def covid_tree(root, early=False):
+    """The repository's files below root -> the command line."""
+    repo = root / "repo"
+    for name in ("images", "annotations"):
+        (repo / name).mkdir(parents=True)
+    for n, (_, _, _, name, *_) in enumerate(COVID):
+        if name.endswith(".gz"):
+            (repo / "images" / name).write_bytes(gzip.compress(b"not an image"))
+        elif name != "gone.jpg":
+            drawn(n).save(repo / "images" / name)
+    header = ["patientid", "view", "modality", "folder", "filename", "url", "license",
+              "clinical_notes", ""]
+    rows = [[patient, view, modality, "images", name, "https://x", licence, note, ""]
+            for patient, view, modality, name, licence, note in COVID]
+    if early:                                          # no modality or folder, and other names
+        header = ["Patientid", "view", "filename", " url", "license", "notes"]
+        rows = [[row[0], row[1], *row[4:8]] for row in rows]
+    write_table(repo / "metadata.csv", header, rows, bom=False)
+    files = [row[3] for row in COVID]
+    notes = [{"image_id": files.index(name), "bbox": bbox} | ({"category_id": kind} if kind else {})
+             for name, kind, *bbox in BOXES]
+    coco = {"images": [{"id": n, "file_name": name, "width": W, "height": H}
+                       for n, name in enumerate(files)], "annotations": notes}
+    (repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json").write_text(
+        json.dumps(coco))
+    return ["covid-cxr", "--repo", repo, "--workers", 1, "--out", root / "out"]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_covid_manifest_is_the_one_written_by_hand(monkeypatch, tmp_path, early):
+    """Guards: a lung named by its place in the list, x, y, w, h taken for corners, boxes beyond the
+    image, notes cut at a line break, CT and lateral images, a licence that forbids changes."""
+    rows, notes = convert(monkeypatch, covid_tree(tmp_path, early))
+    assert [(row["image"], row["patient"], row["report"],
+             [(region["phrase"], *region["boxes"]) for region in row["regions"]])
+            for row in rows] == [(f"images_512/{name}", *more) for name, *more in COVID_WANTED]
+    assert balanced(notes["funnel"]) and data.check(tmp_path / "out", tmp_path / "s.png") == 0
+    dropped = {reason: sum(by.values()) for reason, by in notes["funnel"]["images"].items()}
+    modality = {"view": 2} if early else {"view": 1, "not X-ray": 1}
+    assert dropped == {"in": 12, "licence": 1, "no image": 1, "unreadable image": 1, "no text": 1,
+                       "repeated image": 1, **modality}
+    studies = [row["study"] for row in rows]
+    assert studies[0] == studies[1] and len(set(studies)) == 4     # one note of one patient
+    with open(tmp_path / "out" / "LICENSES.csv", newline="") as file:
+        licences = list(csv.DictReader(file))
+    assert [(line["image"], line["licence"]) for line in licences] == [
+        (row["image"], "CC BY-NC-SA" if n == 0 else "unstated") for n, row in enumerate(rows)]
+
+
+def test_covid_patients_keep_their_split():
+    """Guards: a split by Python's hash, which changes with the process, or of other shares."""
+    class Run:
+        def admit(self, row, reason):
+            return True
+    table = [{"filename": f"{n}.jpg", "view": "PA", "license": "", "patientid": str(n)}
+             for n in range(500)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "csv_rows", lambda *_, **__: table)
+        splits = [row["split"] for row in data.covid_rows(Run(), Path("r"), {})]
+    assert 80 <= splits.count("test") <= 120 and splits.count("train") == 500 - splits.count("test")
+    assert [n for n in range(20) if splits[n] == "test"] == [6, 12]
+
+
+def test_covid_sources_that_are_not_it(monkeypatch, tmp_path):
+    """Guards: a traceback for a folder that is no clone, or annotations of another form."""
+    command = covid_tree(tmp_path)
+    boxes = tmp_path / "repo" / "annotations" / "imageannotation_ai_lung_bounding_boxes.json"
+    for text in ("[]", '{"images": [], "annotations": [{"bbox": [1]}]}', "{"):
+        boxes.write_text(text)
+        assert boxes.name in fails(monkeypatch, command)
+    assert "No such file" in fails(monkeypatch, command, "--repo", tmp_path)
+
+
 # ---- the shared steps ----------------------------------------------------------------------------
 
 def test_fusion_has_the_worked_values():
@@ -585,6 +686,15 @@ def test_another_set_is_not_written_over(monkeypatch, mimic, tmp_path, phantom):
         with pytest.raises(InputError, match="choose another --out"):
             convert(monkeypatch, [*mimic[:-1], out])
         assert (out / "manifest.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["LICENSES.csv", "prepare.json"])
+def test_files_of_the_user_are_not_written_over(monkeypatch, mimic, tmp_path, name):
+    """Guards: a licence list or notes of the user's own, in a folder without a manifest, lost."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    assert "choose another --out" in fails(monkeypatch, mimic)
+    assert (tmp_path / "out" / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("flag, value", [("--size", -1), ("--workers", 0), ("--wbf-iou", 1.5)])

@@ -1,10 +1,12 @@
 """The manifest, box text, images, sampling and the phantom."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 import data
+import losses
 import metrics
 from conftest import ROOT, run
 from metrics import InputError
@@ -109,13 +112,86 @@ def test_what_is_no_manifest_is_said(tmp_path):
     """Guards: a traceback for a wrong path, broken JSON, an absent split."""
     for make, words in ((lambda: tmp_path / "none", "no such file"),
                         (lambda: write(tmp_path / "a", "{broken"), "not JSON"),
-                        (lambda: write(tmp_path / "b", "[1]"), "JSON array"),
+                        (lambda: write(tmp_path / "b", "", "[", json.dumps(ROW), "]"),
+                         ":2: a JSON array, expected one JSON object a line"),
+                        (lambda: write(tmp_path / "g", "1"), "expected a JSON object, got int"),
                         (lambda: write(tmp_path / "e", "{\"a\":" + "[" * 10 ** 5), "not JSON"),
                         (lambda: write(tmp_path / "f", "9" * 5000), "not JSON"),
                         (lambda: write(tmp_path / "c", {**ROW, "split": "test"}),
                          "no rows with split 'train'")):
         with pytest.raises(InputError, match=words):
             data.read_manifest(make(), "train")
+
+
+def test_a_wrong_byte_is_named_with_its_line(tmp_path):
+    """Guards: a byte offset into a file of a gigabyte as the only hint; a stop of the check."""
+    folder = write(tmp_path / "d", ROW, {**ROW, "report": "REPORT"}, ROW)
+    raw = (folder / "manifest.jsonl").read_bytes()
+    (folder / "manifest.jsonl").write_bytes(raw.replace(b"REPORT", b"caf\xe9"))
+    problems = [problem for *_, problem in data.scan_manifest(folder)]
+    assert problems[::2] == [None, None] and "not UTF-8 text (byte 0xe9)" in problems[1]
+    with pytest.raises(InputError, match=":2: not UTF-8"):
+        data.read_manifest(folder)
+
+
+def test_boxes_without_area_are_dropped(tmp_path):
+    """Guards: a box of 1e-300 that divides by zero in a score, or a region lost with it."""
+    boxes = [[0, 0, 1e-300, 1e-300], [0.1, 0.1, 0.2, 0.2]]
+    folder = write(tmp_path / "d", {**ROW, "regions": [{"phrase": "x", "boxes": boxes}]})
+    assert data.read_manifest(folder)[0]["regions"] == [{"phrase": "x", "boxes": boxes[1:]}]
+
+
+def test_find_row_knows_an_image_by_path_link_and_bytes(tmp_path):
+    """Guards: a copy of a pool image that is shown itself as a demonstration; another image of the
+    same size taken for it."""
+    folder = write(tmp_path / "d", ROW, {**ROW, "image": "b.png"}, image=False)
+    for name, value in (("a.png", b"1234"), ("b.png", b"1235"), ("copy.png", b"1235"),
+                        ("other.png", b"1236")):
+        (folder / name).write_bytes(value)
+    (folder / "link.png").symlink_to("a.png")
+    rows = data.read_manifest(folder)
+    found = [data.find_row(rows, folder / name) for name in ("a.png", "link.png", "copy.png")]
+    assert [row["image"] for row in found] == ["a.png", "a.png", "b.png"]
+    assert data.find_row(rows, folder / "other.png") is None
+
+
+def test_notes_say_what_is_odd(tmp_path):
+    """Guards: a misspelt key, a repeated row or a shared patient that nobody hears of; notes on a
+    set that is as it should be."""
+    val, test = ({**ROW, "patient": split, "split": split, "image": split} for split in
+                 ("val", "test"))
+    assert data.manifest_notes([ROW, val, test]) == []
+    odd = {"image": "b", "study": "s", "patient": "p", "split": "test", "reports": "Clear."}
+    region = {"phrase": "x", "boxes": [[0, 0, 1e-9, 1]], "label": 1}
+    notes = data.manifest_notes([ROW, ROW, odd, {**ROW, "image": "c", "regions": [region]}])
+    for words in ("rows repeated word for word: 1", "rows whose image another row has: 1",
+                  "neither report nor regions: 1", "almost no area, dropped when read: 1",
+                  "unknown key 'reports', not read: 1; is 'report' meant?", "unknown key 'label'",
+                  "no rows of split 'val'", "in train and in test, whose scores will be too good: "
+                  "1, such as 'p'"):
+        assert any(words in note for note in notes), words
+    assert len(notes) == 8 and not any("\n" in note for note in notes)
+
+
+@pytest.mark.parametrize("png", ["a.png", "manifest.jsonl", "link.png"])
+def test_check_does_not_draw_over_its_inputs(tmp_path, png):
+    """Guards: an image or the manifest replaced by the sheet, through a link too."""
+    folder = write(tmp_path / "d", ROW)
+    (folder / "link.png").symlink_to("a.png")
+    before = (folder / png).read_bytes()
+    said = run("data.py", "check", folder, "--png", folder / png, ok=False)
+    assert "is an input of this command" in said and (folder / png).read_bytes() == before
+
+
+def test_check_notes_images_of_one_grey_value_and_twins(tmp_path, capsys):
+    """Guards: black images, or the same one under two names, that pass the check unnoticed."""
+    names = ("a.png", "b.png", "c.png")
+    folder = write(tmp_path / "d", *({**ROW, "image": name} for name in names))
+    Image.new("L", (9, 9), 7).save(folder / "b.png")
+    Image.open(folder / "a.png").save(folder / "c.png")
+    assert data.check(folder, tmp_path / "sheet.png") == 0
+    printed = capsys.readouterr().out
+    assert "single grey value: 1" in printed and "the same as another row's: 1" in printed
 
 
 def test_check_command_reports_all_problems_and_draws(tmp_path):
@@ -188,6 +264,15 @@ def test_unreadable_images_name_their_path(tmp_path):
     for name in ("a.jpg", "b.png", "c.png"):
         with pytest.raises(InputError, match=name):
             data.load_image(tmp_path / name, 32)
+
+
+def test_a_dicom_file_is_told_what_to_do(tmp_path):
+    """Guards: "cannot identify image file", and a user who does not know why."""
+    (tmp_path / "a").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    (tmp_path / "b.dcm").write_bytes(bytes(300))
+    for name in ("a", "b.dcm"):
+        with pytest.raises(InputError, match="convert it to PNG first"):
+            data.load_image(tmp_path / name)
 
 
 def test_jpeg_draft_keeps_the_picture(tmp_path):
@@ -309,6 +394,38 @@ def test_collate_places_prompt_target_and_eos(model, batch):
     assert batch["image_of_row"].max() < len(batch["image"])
 
 
+def test_a_long_prompt_is_cut_and_said_once(model, capsys):
+    """Guards: a phrase of 20 KB that fills the memory, a prompt without its line break, or a note
+    for each of a thousand rows."""
+    tokenizer = model.llm_tokenizer
+    data.say_once.cache_clear()
+    long = data.GROUNDING_PROMPT.format(phrase="small nodule " * 1600)
+    ids = [data.prompt_ids(tokenizer, prompt) for prompt in (long, long + "x")]
+    assert all(abs(len(some) - data.PROMPT_TOKENS) <= 2 for some in ids)
+    assert tokenizer.decode(ids[0]).startswith("Detect all instances of: small nodule small")
+    assert tokenizer.decode(ids[0]).endswith("\n") and data.cut_text(tokenizer, "short") == "short"
+    assert capsys.readouterr().err.count("is cut to its first") == 1
+
+
+def test_a_batch_without_rows_for_the_llm(model, rows):
+    """Guards: pad_sequence on an empty list when contrastive learning runs alone."""
+    dataset = data.ChestXrays(rows, 32, "s")
+    batch = data.Collate(model.text_tokenizer, 16, model.llm_tokenizer, 8)([dataset[(0, 0)]])
+    assert batch["ids"].shape == batch["is_target"].shape == (0, 0)
+    assert batch["ids"].dtype == torch.long and batch["is_target"].dtype == torch.bool
+
+
+def test_tasks_are_those_of_the_losses():
+    """Guards: a task that data.py draws and no loss knows, or in another order."""
+    assert "".join(data.TASK_WEIGHT) == losses.TASKS
+
+
+def test_commands_start_without_torch():
+    """Guards: seconds of imports before --help or a wrong flag is answered."""
+    code = "import sys, data; assert not {'torch', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_digits_are_one_token_each(model):
     """Guards: a learned tokenizer that merges digits, so that a coordinate has many spellings."""
     ids = data.plain_ids(model.llm_tokenizer, "120 305")
@@ -383,6 +500,33 @@ def test_phantom_findings_are_where_their_boxes_say():
                       & (y / 160 > box[1] - .02) & (y / 160 < box[3] + .02))
             least = 0.6 if kind == "draw_pacemaker" else 0.95       # the lead leaves the box
             assert inside.mean() > least
+
+
+def test_two_first_runs_at_once_leave_one_whole_phantom(tmp_path):
+    """Guards: a draft that two processes share, or that a killed run left; a folder that only its
+    owner may read."""
+    sizes = {"train": 30, "test": 3}
+    (tmp_path / ".p.killed").mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: data.make_phantom(tmp_path / "p", sizes, quiet=True), range(2)))
+    assert data.is_whole_phantom(tmp_path / "p", sizes)
+    assert len(data.read_manifest(tmp_path / "p")) == 33
+    assert sorted(os.listdir(tmp_path)) == [".p.killed", "p"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "p").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_torn_phantom_is_recognized(tmp_path):
+    """Guards: 250 of 310 rows, or a half line, used in silence by every later run."""
+    sizes = {"train": 2, "test": 1}
+    folder = data.make_phantom(tmp_path / "p", sizes, quiet=True)
+    lines = (folder / "manifest.jsonl").read_text()
+    for torn in (lines[:len(lines) // 2], lines.splitlines()[0] + "\n", ""):
+        assert data.is_whole_phantom(folder, sizes)
+        (folder / "manifest.jsonl").write_text(torn)
+        assert not data.is_whole_phantom(folder, sizes)
+        (folder / "manifest.jsonl").write_text(lines)
+    assert not data.is_whole_phantom(tmp_path / "none") and not data.is_whole_phantom(folder)
 
 
 def test_phantom_command_refuses_to_overwrite(tmp_path):
