@@ -130,8 +130,8 @@ class Config:
 PAPER = Config()
 TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, muon_lr=5, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=2200, epochs=None,
-    batch_size=48, min_batches=6, n_regions=3, max_target=34, augment=0.65, cache=True,
+    lr=1.2e-3, muon_lr=5, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=2200,
+    epochs=None, batch_size=48, min_batches=6, n_regions=3, max_target=34, augment=0.65, cache=True,
     vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
     text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=24, projection_size=128),
@@ -255,14 +255,6 @@ def hub_options(source):
     return {"local_files_only": Path(source).exists() or not hub_is_reachable()}
 
 
-def check_kind(cls, source):
-    """Raise ValueError if the checkpoint is of another model type, or has several image sizes."""
-    expected = cls.config_class.model_type
-    kind = AutoConfig.from_pretrained(source, **hub_options(source)).model_type
-    if kind != expected:
-        raise ValueError(f"it is a {kind} model, expected {expected}")
-
-
 def load_pretrained(cls, source, hint="", **options):
     """cls.from_pretrained(source), for models, configs and processors. hint: what else can be done.
 
@@ -271,7 +263,9 @@ def load_pretrained(cls, source, hint="", **options):
     try:
         if not issubclass(cls, PreTrainedModel):
             return cls.from_pretrained(source, **hub_options(source), **options)
-        check_kind(cls, source)
+        kind = AutoConfig.from_pretrained(source, **hub_options(source)).model_type
+        if kind != cls.config_class.model_type:
+            raise ValueError(f"it is a {kind} model, expected {cls.config_class.model_type}")
         part, report = cls.from_pretrained(source, output_loading_info=True, **hub_options(source),
                                            **options)
         if missing := report["missing_keys"]:

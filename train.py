@@ -21,72 +21,64 @@ from metrics import InputError, first_line
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.split("\n\n")[0],
         epilog="Defaults marked 'preset' are in model.py: PAPER (with --data), TINY, and PHANTOM "
         "(without --data).")
-    group = parser.add_argument_group("data and files")
-    group.add_argument("--data", metavar="PATH", help="folder with manifest.jsonl, or that file "
-                       "(default: a phantom, drawn X-rays, made in runs/phantom_data)")
-    group.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/NAME of "
-                       "the data); an older run there is renamed, anything else is refused")
-    group.add_argument("--resume", action="store_true",
-                       help="go on from the last checkpoint in --out, with the same flags")
-    group.add_argument("--init", metavar="RUN", help="start from the weights of a run folder "
-                       "(Table 4: FT w/ Ours), with its preset and tokenizers")
-    group.add_argument("--skip-bad-images", action="store_true", help="count and report unreadable "
-                       "images instead of stopping at the first")
+    add = parser.add_argument_group("data and files").add_argument
+    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file (default: a "
+        "phantom, drawn X-rays, made in runs/phantom_data)")
+    add("--out", metavar="DIR", help="run folder to write (default: runs/NAME of the data); an "
+        "older run there is renamed, anything else is refused")
+    add("--resume", action="store_true",
+        help="go on from the last checkpoint in --out, with the same flags")
+    add("--init", metavar="RUN", help="start from the weights of a run folder, with its preset and "
+        "tokenizers (Table 4: FT w/ Ours)")
+    add("--skip-bad-images", action="store_true",
+        help="count and report unreadable images instead of stopping at the first")
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--preset", choices=["paper", "tiny"], help="paper: SigLIP 2 400M, Gemma 3 "
-                       "270M, LoRA; tiny: small towers from scratch (default: paper with --data; "
-                       "without, tiny as PHANTOM changes it)")
-    group.add_argument("--encoder", metavar="ID", help="SigLIP-family model id or folder (preset)")
-    group.add_argument("--llm", metavar="ID", help="Gemma 3 text model id or folder (preset)")
-    group.add_argument("--random-init", action="store_true", help="the preset's sizes with random "
-                       "weights, nothing downloaded: to try memory and speed; --encoder or --llm, "
-                       "if given, is still loaded")
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=["paper", "tiny"], help="paper: SigLIP 2 400M, Gemma 3 270M, LoRA; "
+        "tiny: small towers from scratch (default: paper with --data, else tiny)")
+    add("--encoder", metavar="ID", help="SigLIP-family model id or folder (preset)")
+    add("--llm", metavar="ID", help="Gemma 3 text model id or folder (preset)")
+    add("--random-init", action="store_true", help="the preset's sizes with random weights, "
+        "nothing downloaded, to try memory and speed; a given --encoder or --llm is still loaded")
 
-    group = parser.add_argument_group("objective and schedule")
-    group.add_argument("--objectives", default="scgd", metavar="LETTERS", help="s sigmoid (Eq. 1), "
-                       "c captioning (Eq. 2), g grounding (Eq. 3), d dense captioning; an image "
-                       "draws c twice as often as g or d, where it has boxes (scg: 2/3 and 1/3); "
-                       "Fig. 4 drops gd, then cgd; Table 4 trains g alone (default: %(default)s)")
-    group.add_argument("--lambda", dest="lam", type=float, metavar="X", help="weight of the "
-                       "autoregressive loss, 0 or more (preset; paper: 5, Fig. 4e)")
-    group.add_argument("--epochs", type=int, metavar="N", help="passes over the training split "
-                       "(preset; paper: 10; tiny: by --steps)")
-    group.add_argument("--steps", type=int, metavar="N",
-                       help="optimizer steps; with --epochs, whichever ends first (preset)")
-    group.add_argument("--batch-size", type=int, metavar="B",
-                       help="images a step and process (preset; paper: 16; the tiny preset takes "
-                       "fewer on a set of less than 6 such batches)")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: "
-                       "gradients are averaged over N batches of B images; the sigmoid loss stays "
-                       "within a batch (default: 1)")
-    group.add_argument("--lr", type=float, metavar="X", help="learning rate after warm-up, then "
-                       "cosine to 0 (preset; paper: 3e-4)")
-    group.add_argument("--augment", type=float, metavar="X", help="strength of crop, brightness "
-                       "and contrast, boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of "
-                       "the image; not in the paper (preset: paper and phantom 0)")
+    add = parser.add_argument_group("objective and schedule").add_argument
+    add("--objectives", default="scgd", metavar="LETTERS", help="s sigmoid (Eq. 1), c captioning "
+        "(Eq. 2), g grounding (Eq. 3), d dense captioning; where an image has boxes, c is drawn "
+        "twice as often as g or d (scg: 2/3 and 1/3); Fig. 4 drops gd, then cgd; Table 4 trains g "
+        "alone (default: %(default)s)")
+    add("--lambda", dest="lam", type=float, metavar="X",
+        help="weight of the autoregressive loss (preset; paper: 5, Fig. 4e)")
+    add("--epochs", type=int, metavar="N",
+        help="passes over the training split (preset; paper: 10; tiny: by --steps)")
+    add("--steps", type=int, metavar="N",
+        help="optimizer steps; with --epochs, whichever ends first (preset)")
+    add("--batch-size", type=int, metavar="B", help="images a step and process (preset; paper: 16; "
+        "tiny: fewer on a set of less than 6 such batches)")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches a step: gradients are "
+        "averaged; the sigmoid loss stays within a batch (default: 1)")
+    add("--lr", type=float, metavar="X",
+        help="learning rate after warm-up, then cosine to 0 (preset; paper: 3e-4)")
+    add("--augment", type=float, metavar="X", help="strength of crop, brightness and contrast, "
+        "boxes moved along; 0: none, 1: windows of 0.75 to 1.25 of the image (preset; paper: 0)")
 
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                       help="autocast type; auto: bf16, or fp16 with a gradient scaler on a GPU "
-                       "without bf16, or fp32 on a CPU (default: auto)")
-    group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in "
-                       "the backward pass: less memory, about a third slower")
-    group.add_argument("--compile", action="store_true", help="compile the layers of towers and "
-                       "LLM by torch.compile: minutes at the start, then faster steps")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that decode images "
-                       "(default: 1 if the preset keeps decoded images in memory, else one a core, "
-                       "at most 4)")
-    group.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between "
-                       "checkpoints, each with the losses on val (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0,
-                       help="of weights, order and draws (default: %(default)s)")
-    group.add_argument("--dry-run", action="store_true", help="check the data, build the model, "
-                       "run one batch forward and backward, write nothing")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of "
+        "autocast; auto: bf16, fp16 on a GPU without bf16, fp32 on a CPU (default: auto)")
+    add("--grad-checkpoint", action="store_true",
+        help="recompute activations in the backward pass: less memory, about a third slower")
+    add("--compile", action="store_true", help="torch.compile the layers of towers and LLM: "
+        "minutes at the start, then faster steps")
+    add("--workers", type=int, metavar="N", help="processes that decode images (default: 1 if the "
+        "preset keeps decoded images in memory, else one a core, at most 4)")
+    add("--save-every", type=int, default=500, metavar="N",
+        help="steps between checkpoints, each with the losses on val (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order and draws (default: %(default)s)")
+    add("--dry-run", action="store_true",
+        help="check the data, build the model, run one batch, write nothing")
     return parser.parse_args()
 
 
@@ -125,7 +117,6 @@ import subprocess
 import tempfile
 import time
 import zipfile
-from collections import Counter
 from itertools import count
 from pathlib import Path
 
@@ -222,14 +213,14 @@ def images_per_step(config, given, n_rows, objectives, world):
     if n_rows < world or n_rows < 2 and "s" in objectives:
         raise InputError(f"{n_rows} training images for {world} processes; expected one each, and "
                          "two for the sigmoid loss, which learns from negatives")
-    wanted, least = config.batch_size * world, min(8, n_rows) if "s" in objectives else 1
+    full, least = config.batch_size * world, min(8, n_rows) if "s" in objectives else 1
     most = n_rows if given else max(world, least, n_rows // config.min_batches)
-    if most < wanted:
-        say(f"steps of {most} images instead of {wanted}: the training split has {n_rows}"
+    if most < full:
+        say(f"steps of {most} images instead of {full}: the training split has {n_rows}"
             + ("" if given else f", and an epoch should have {config.min_batches} batches"))
-    elif wanted == 1 and "s" in objectives:
+    elif full == 1 and "s" in objectives:
         say("note: a step of 1 image has no negatives for the sigmoid loss")
-    return min(wanted, most)
+    return min(full, most)
 
 
 def ignore_signals(_):
@@ -381,31 +372,38 @@ RUN_FILES = {"config.json", "model.safetensors", "tokenizer", "trainer.pt", "log
 def run_folder(out, path, resume):
     """--out, or runs/NAME of the data -> the run folder, before anything is written.
 
-    Raises InputError unless it is new, empty, or a run of ours that nobody is writing."""
+    Raises InputError unless it is new, empty, or a run of ours that no process is writing."""
     path = Path(path).resolve()
-    name = "phantom" if path == Path("runs/phantom_data").resolve() else (
-        path.name if path.is_dir() else path.parent.name)
+    name = path.name if path.is_dir() else path.parent.name
     out = Path(out or f"runs/{name}")
     log = out / "log.jsonl"
-    if resume and not log.exists():
-        raise InputError(f"{out}: no run to resume, it has no log.jsonl; start without --resume")
     if out.is_file():
         raise InputError(f"{out}: is a file; --out takes a folder")
-    files = {p.name for p in out.iterdir() if not p.name.endswith(".tmp")} if out.exists() else ()
-    if files and not resume:
-        if log.name not in files or not files & {"config.json", "trainer.pt"} or files - RUN_FILES:
-            raise InputError(f"{out}: holds files that are not of a run, such as "
-                             f"{min(files - RUN_FILES or files)}; name a new folder with --out")
-        if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-            raise InputError(f"{out}: is the working folder, which cannot be renamed; name a new "
-                             "folder with --out")
+    if resume and not log.exists():
+        raise InputError(f"{out}: no run to resume, it has no log.jsonl; start without --resume")
+    files = {file.name for file in out.glob("*") if file.suffix != ".tmp"}     # drafts of a kill
+    is_run = "log.jsonl" in files and files & {"config.json", "trainer.pt"}
+    if files and not resume and (not is_run or files - RUN_FILES):
+        raise InputError(f"{out}: holds files that are not of a run, such as "
+                         f"{min(files - RUN_FILES or files)}; name a new folder with --out")
+    if files and not resume and out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(f"{out}: is the working folder, which is not renamed; name a new folder "
+                         "with --out")
     if log.exists():
-        metrics.lock(log).close()                              # is another process writing it?
+        metrics.lock(log).close()                              # InputError if a process writes it
     return out
 
 
-def start_run(out, config):
-    """Make the run folder -> its locked log.jsonl; an older run there becomes OUT.1, OUT.2, ..."""
+def open_log(out, resume, step, config):
+    """The locked log.jsonl of the run folder, of a resumed run cut to the lines up to its
+    checkpoint. An older run there becomes OUT.1, OUT.2, ..."""
+    if resume:
+        log = metrics.lock(out / "log.jsonl")
+        for draft in out.glob(".*.tmp"):                       # of a run that was killed
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)[:step]
+        log.truncate(sum(map(len, lines)))
+        return log
     if out.exists() and any(out.iterdir()):
         older = next(p for n in count(1) if not (p := out.with_name(f"{out.name}.{n}")).exists())
         out.rename(older)
@@ -413,14 +411,6 @@ def start_run(out, config):
     out.mkdir(parents=True, exist_ok=True)
     log = metrics.lock(out / "log.jsonl")
     metrics.write_json(out / "config.json", dataclasses.asdict(config))
-    return log
-
-
-def resume_log(out, step):
-    """The locked log.jsonl, without the lines that were written after the last checkpoint."""
-    log = metrics.lock(out / "log.jsonl")
-    lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)[:step]
-    log.truncate(sum(map(len, lines)))
     return log
 
 
@@ -487,22 +477,24 @@ def log_values(losses, objectives):
 
 
 @torch.no_grad()
-def validate(model, val_batches, objectives, lam):
-    """The losses over the batches of the val split, as log_values gives them."""
+def validate(model, rows, objectives, batch_size, most=512):
+    """The losses on the val split, of at most 512 images spread over it, always the same draws."""
+    dataset, collate = build_dataset(model, rows[::math.ceil(len(rows) / most)], objectives, 0, 0)
     sigmoid, nlls, tasks = [], [], []
-    for batch in val_batches:
-        batch = to_device(batch, model.device)
+    for start in range(0, len(dataset), batch_size):
+        keys = [(0, i) for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = to_device(collate([dataset[key] for key in keys]), model.device)
+        if not len(batch["image"]):                            # none could be read
+            continue
         image_emb, text_emb, nll = model(batch)
-        if "s" in objectives:
-            t, b = model.siglip.logit_scale.exp(), model.siglip.logit_bias
-            sigmoid.append(sigmoid_loss(image_emb, text_emb, t, b))
+        t, b = model.siglip.logit_scale.exp(), model.siglip.logit_bias
+        sigmoid.append(sigmoid_loss(image_emb, text_emb, t, b) if "s" in objectives else 0 * t)
         nlls.append(nll)
         tasks.append(batch["task_of_row"])
-    nll, task = torch.cat(nlls), torch.cat(tasks)
-    l_s = torch.stack(sigmoid).mean() if sigmoid else nll.new_zeros(())
+    nll, task, l_s = torch.cat(nlls), torch.cat(tasks), torch.stack(sigmoid).mean()
     l_c, l_g, l_d = (loss(nll, task) for loss in
                      (captioning_loss, grounding_loss, dense_captioning_loss))
-    loss = total_loss(l_s, l_c, l_g, l_d, lam)
+    loss = total_loss(l_s, l_c, l_g, l_d, model.config.lam)
     return log_values(torch.stack([loss, l_s, *mean_of_task((l_c, l_g, l_d), task)]), objectives)
 
 
@@ -588,8 +580,8 @@ LoFi is never taught that a finding is not there: it answers almost any phrase w
 
 def model_card(out, settings, results, chance, n_rows):
     """The README.md of a run folder: what it is, how it was made, its scores beside baselines."""
-    git = shutil.which("git") and subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                         capture_output=True) if shutil.which("git") else None
     scores = [("", "LoFi", "baseline")]
     for part, names, baseline in (("i2t", ("R@1", "R@10"), chance.get("i2t")),
                                   ("t2i", ("R@1", "R@10"), chance.get("t2i")),
@@ -649,11 +641,6 @@ def phantom_folder(dry_run, rank):
     return folder
 
 
-def checksum(path):
-    """Of the manifest's content, by which --resume knows the data wherever they are."""
-    return hashlib.sha256(data.manifest_path(path).read_bytes()).hexdigest()
-
-
 def read_splits(path):
     """{split: rows} of a manifest; prints what is odd about it. Raises InputError."""
     rows = data.read_manifest(path)
@@ -699,55 +686,14 @@ def find_config(args, start):
     return dataclasses.replace(config, **sources, **changed)
 
 
-def part_of(name):
-    """The part of the model that a parameter belongs to, in words."""
-    if name.startswith("pooling."):
-        return "attention pooling and projection"
-    if "logit_" in name:
-        return "t' and b"
-    part = "encoders" if name.startswith("siglip.") else "LLM"
-    return f"LoRA of the {part}" if "lora_" in name else part
-
-
-def say_what_trains(model):
-    """Print how much of the model trains, part by part."""
-    counts = Counter()
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            counts[part_of(name)] += p.numel()
-    say(f"trains {counts.total():,} of {sum(p.numel() for p in model.parameters()):,} parameters: "
-        + ", ".join(f"{part} {n:,}" for part, n in counts.items()))
-
-
-def prepare_layers(model, recompute, compiled):
-    """--grad-checkpoint and --compile: of the layers of towers and LLM, one at a time."""
-    if recompute:
-        for part in (model.siglip, model.llm):
-            part.gradient_checkpointing_enable({"use_reentrant": False})
-    if compiled:
-        for layer in (*model.siglip.vision_model.encoder.layers,
-                      *model.siglip.text_model.encoder.layers, *model.llm.get_decoder().layers):
-            layer.compile()
-
-
-def build_dataset(model, rows, objectives, seed, augmented):
-    """-> (dataset, collate) of the model's sizes. An unreadable image becomes a message."""
+def build_dataset(model, rows, objectives, seed, strength):
+    """-> (dataset, collate) of the model's sizes; strength: of augmentation. An unreadable image
+    becomes a message in batch["bad"]."""
     config = model.config
-    dataset = data.ChestXrays(rows, model.image_size, objectives, config.n_regions,
-                              config.augment if augmented else 0, config.cache, skip_bad=True,
-                              seed=seed)
+    dataset = data.ChestXrays(rows, model.image_size, objectives, config.n_regions, strength,
+                              config.cache, skip_bad=True, seed=seed)
     return dataset, data.Collate(model.text_tokenizer if "s" in objectives else None,
                                  model.text_length, model.llm_tokenizer, config.max_target)
-
-
-def build_val_batches(model, rows, objectives, batch_size, most=512):
-    """Fixed batches of the val split, of at most 512 images spread over it."""
-    dataset, collate = build_dataset(model, rows[::math.ceil(len(rows) / most) or 1], objectives,
-                                     seed=0, augmented=False)
-    keys = [(0, i) for i in range(len(dataset))]
-    made = [collate([dataset[key] for key in keys[i:i + batch_size]])
-            for i in range(0, len(keys), batch_size)]
-    return [batch for batch in made if len(batch["image"])]
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -765,7 +711,7 @@ def main(args=None):
     path = args.data or phantom_folder(args.dry_run, rank)
     split = read_splits(path)
     rows = usable_rows(split["train"], path, args.objectives)
-    out = run_folder(args.out, path, args.resume)
+    out = run_folder(args.out or ("" if args.data else "runs/phantom"), path, args.resume)
     has_checkpoint = args.resume and (out / "trainer.pt").exists()
 
     # model
@@ -778,9 +724,16 @@ def main(args=None):
     else:
         model = LoFi.build(config, data.tokenizer_texts(rows), batch_size)
     model.to(device)
-    prepare_layers(model, args.grad_checkpoint, args.compile)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    say_what_trains(model)
+    say(f"trains {sum(p.numel() for p in trainable):,} of "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        + (", LoRA and new layers" if config.lora_rank else ""))
+    layers = (*model.siglip.vision_model.encoder.layers, *model.siglip.text_model.encoder.layers,
+              *model.llm.get_decoder().layers)
+    for layer in layers if args.compile else ():
+        layer.compile()
+    for part in (model.siglip, model.llm) if args.grad_checkpoint else ():
+        part.gradient_checkpointing_enable({"use_reentrant": False})
 
     # optimizer, schedule, checkpoint
     per_epoch = batches_per_epoch(len(rows), batch_size, args.objectives, world)
@@ -789,7 +742,8 @@ def main(args=None):
     steps = min(limit for limit in limits if limit)
     optimizers = build_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    settings = {"data": str(Path(path).resolve()), "manifest": checksum(path),
+    manifest = hashlib.sha256(data.manifest_path(path).read_bytes()).hexdigest()
+    settings = {"data": str(Path(path).resolve()), "manifest": manifest,
                 "objectives": args.objectives, "lambda": config.lam, "lr": config.lr,
                 "steps": steps, "batch-size": batch_size, "batches an epoch": per_epoch,
                 "accumulate": args.accumulate, "seed": args.seed, "augment": config.augment}
@@ -797,7 +751,7 @@ def main(args=None):
              if has_checkpoint else 0)
 
     # batches
-    dataset, collate = build_dataset(model, rows, args.objectives, args.seed, augmented=True)
+    dataset, collate = build_dataset(model, rows, args.objectives, args.seed, config.augment)
     keys = batches(len(rows), batch_size, per_epoch, args.seed, first * args.accumulate,
                    steps * args.accumulate, rank, world)
     workers = (1 if config.cache else min(4, os.cpu_count())) if args.workers is None \
@@ -806,13 +760,10 @@ def main(args=None):
         dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
     writes = rank == 0 and not args.dry_run
-    val_batches = build_val_batches(model, split["val"], args.objectives, batch_size) \
-        if writes else []
     say(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
         f"objectives {args.objectives}, on {f'{world} x ' if world > 1 else ''}{device.type} in "
         f"{str(precision).removeprefix('torch.')}")
-    log = (open(os.devnull, "w") if not writes else
-           resume_log(out, first) if args.resume else start_run(out, config))
+    log = open_log(out, args.resume, first, config) if writes else open(os.devnull, "w")
 
     # the loop
     model.train()
@@ -857,8 +808,8 @@ def main(args=None):
         line = {"step": done, "lr": learning_rate(step, steps, config), **values,
                 "samples_per_s": round(rate, 4)}
         at_checkpoint = done == steps or done % args.save_every == 0
-        if val_batches and at_checkpoint:
-            line["val"] = validate(model, val_batches, args.objectives, config.lam)
+        if at_checkpoint and writes and split["val"]:
+            line["val"] = validate(model, split["val"], args.objectives, batch_size)
         log.write(json.dumps(line) + "\n")
         log.flush()
         shown.update({name: f"{v:.2f}" for name, v in values.items() if v is not None})
