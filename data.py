@@ -407,14 +407,12 @@ REGION_KEYS = ("phrase", "boxes")
 def parse_line(line):
     """A line of a manifest -> (JSON value, None), or (None, what is invalid about it)."""
     try:
-        line.encode()
-    except UnicodeEncodeError as error:                        # read with surrogateescape
-        byte = ord(line[error.start]) & 0xFF
-        return None, f"not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8"
-    try:
+        line.encode()                                          # a wrong byte was read as surrogate
         row = json.loads(line)
         if "\\u" in line:                                      # half a surrogate pair is no text
             json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return None, f"not UTF-8 text ({error.reason}); save the file as UTF-8"
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {first_line(error)}"
     return row, None
@@ -651,14 +649,9 @@ class Canvas:
         return [round(float(v), 4) for v in (*points.min(0), *points.max(0))]
 
 
-def mirror(points, side):
+def mirror(points, side="left"):
     """Points drawn on the patient's right, moved to the side asked for."""
     return [(x if side == "right" else -x, y) for x, y in points]
-
-
-def on_both_sides(lines):
-    """Lines drawn on the patient's right, and the same on the left."""
-    return lines + [mirror(points, "left") for points in lines]
 
 
 def noise(rng, grid, n, std):
@@ -678,20 +671,20 @@ def draw_anatomy(canvas, heart):
     """Body, lungs, spine, trachea, ribs, clavicles, vessels and heart (its outline is given)."""
     rng, wide = canvas.rng, 2 * canvas.scale[0]
     torso = [(-.30, -1.3), (-.34, -.98), (-.86, -.82), (-1.02, -.3), (-.95, 1.6)]
-    canvas.add(canvas.mask(torso + mirror(torso, "left")[::-1], blur=.02), rng.uniform(118, 138))
-    lungs = canvas.mask(RIGHT_LUNG, mirror(RIGHT_LUNG, "left"), blur=.008)
+    canvas.add(canvas.mask(torso + mirror(torso)[::-1], blur=.02), rng.uniform(118, 138))
+    lungs = canvas.mask(RIGHT_LUNG, mirror(RIGHT_LUNG), blur=.008)
     canvas.add(lungs, -rng.uniform(82, 92))
     canvas.add(canvas.mask([(-.10, -1.1), (.10, -1.1), (.12, 1.3), (-.12, 1.3)], blur=.02), 38)
     trachea = [(-.035, -1.1), (.035, -1.1), (.03, -.42), (-.03, -.42)]
     canvas.add(canvas.mask(trachea, blur=.008), -26)
     ribs = [[(-.10, y - .05), (-.32, y - .10), (-.55, y - .02), (-.72, y + .16)]
             for y in np.arange(-.66, .5, .155)]
-    canvas.add(canvas.mask(*on_both_sides(ribs), blur=.004, line=.016 * wide), 13)
-    canvas.add(canvas.mask(*on_both_sides([[(-.08, -.60), (-.35, -.70), (-.74, -.80)]]), blur=.004,
-                       line=.03 * wide), 24)
+    canvas.add(canvas.mask(*ribs, *map(mirror, ribs), blur=.004, line=.016 * wide), 13)
+    clavicle = [(-.08, -.60), (-.35, -.70), (-.74, -.80)]
+    canvas.add(canvas.mask(clavicle, mirror(clavicle), blur=.004, line=.03 * wide), 24)
     roots = [(-.2, y) for y in rng.uniform(-.15, .1, 14)]
     vessels = [[(x, y), (x - rng.uniform(.1, .36), y + rng.uniform(-.4, .3))] for x, y in roots]
-    vessels = vessels[:7] + [mirror(points, "left") for points in vessels[7:]]
+    vessels = vessels[:7] + list(map(mirror, vessels[7:]))
     canvas.add(canvas.mask(*vessels, blur=.006, line=.012) * lungs, 20)
     canvas.add(canvas.mask(heart, blur=.014), 66)
 
@@ -1078,21 +1071,20 @@ class Conversion:
             return (take(row["source"]), target if target and not target.exists() else None,
                     self.size, row["scale"])
 
-        todo = []
         for row in rows:
             row["image"] = (f"images_{self.size}/{row['name']}" if self.size else
                             os.path.abspath(row["source"]))
-            if not (self.size and row["scale"] and (self.out / row["image"]).exists()):
-                todo.append(row)
+        todo = [row for row in rows if not (self.size and row["scale"]
+                                            and (self.out / row["image"]).exists())]
         done = map_processes(shrink, map(job, todo), self.workers if self.size else 1)
         for result, row in zip(tqdm(done, "images", len(todo), unit="image"), todo):
-            if isinstance(result, str):
-                row["image"] = None
-                self.funnel["images", result, row["split"]] += 1
-                if result == "unreadable image":
-                    tqdm.write(f"unreadable image: {row['source']}")
-            else:
+            if not isinstance(result, str):
                 row["scale"] = result
+                continue
+            row["image"] = None
+            self.funnel["images", result, row["split"]] += 1
+            if result == "unreadable image":
+                tqdm.write(f"unreadable image: {row['source']}")
         return [row for row in rows if row["image"]]
 
     def add_regions(self, rows):
@@ -1550,9 +1542,8 @@ def check(data, png):
         low, high = image.getextrema()
         n_flat += low == high
         pictures.add(hash(image.tobytes()))
-    counts = {split: count_rows(rows, split) for split in SPLITS}
-    print(format_table([("", *counts["train"])] + [
-        (split, *(f"{n:,}" for n in of_split.values())) for split, of_split in counts.items()]))
+    print(format_table([("", *count_rows([], ""))] + [
+        (split, *(f"{n:,}" for n in count_rows(rows, split).values())) for split in SPLITS]))
     looks = {"images of a single grey value": n_flat,
              "images that look the same as another row's": len(rows) - len(pictures)}
     for note in [f"{words}: {n:,}" for words, n in looks.items() if n] + manifest_notes(rows):
@@ -1584,7 +1575,6 @@ def parse_args():
     defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     command = commands.add_parser("phantom", **defaults, help="draw chest X-rays with findings, "
                                   "reports and boxes")
-    command.set_defaults(run=run_phantom)
     command.add_argument("out", help="folder to write; an existing one is not touched")
     for split, n in PHANTOM_SIZES.items():
         command.add_argument(f"--{split}", type=int, default=n, metavar="N",
@@ -1605,7 +1595,6 @@ def parse_args():
         help="a clone of https://github.com/ieee8023/covid-chestxray-dataset")
     command = commands.add_parser("check", **defaults, help="read every row and image, count, draw "
                                   "eight rows with boxes")
-    command.set_defaults(run=run_check)
     command.add_argument("data", help="folder with manifest.jsonl, or that file")
     command.add_argument("--png", default="runs/check.png", help="where to draw")
     return parser.parse_args()
@@ -1661,20 +1650,16 @@ def add_padchest_flags(add):
         "is of train, as the paper's pool of 2,404 X-rays is train and validation, Sec. 3.0.1)")
 
 
-def run_phantom(args):
+def main(args=None):
+    args = args or parse_args()
+    if args.command == "check":
+        sys.exit(1 if check(args.data, args.png) else 0)
+    if args.command != "phantom":
+        return args.run(args)
     if os.path.lexists(args.out):
         raise InputError(f"{args.out}: exists already; choose a new folder")
     make_phantom(args.out, {split: getattr(args, split) for split in SPLITS}, args.seed)
     print(f"wrote {args.out}; next: python data.py check {args.out}")
-
-
-def run_check(args):
-    sys.exit(1 if check(args.data, args.png) else 0)
-
-
-def main(args=None):
-    args = args or parse_args()
-    args.run(args)
 
 
 if __name__ == "__main__":

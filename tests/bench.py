@@ -247,16 +247,16 @@ def question_text(i, dicom):
 
 
 def write_archives(root, studies):
-    """Archives of the shape of MIMIC-CXR, one film a study -> data.py's command line."""
+    """Archives of the shape of MIMIC-CXR, one image a study -> data.py's command line."""
     export, texts = root / "qba" / "exports" / "A_frontal", root / "llava-rad"
     (export / "metadata" / "App").mkdir(parents=True)
     texts.mkdir()
     ids = [(f"{10_000_000 + n}", f"{50_000_000 + n}", f"dicom{n:040}") for n in range(studies)]
-    Image.new("L", (32, 32)).save(root / "film.jpg")
+    Image.new("L", (32, 32)).save(root / "image.jpg")
     for patient, study, dicom in ids:
         folder = root / "files" / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
         folder.mkdir(parents=True)
-        os.link(root / "film.jpg", folder / f"{dicom}.jpg")
+        os.link(root / "image.jpg", folder / f"{dicom}.jpg")
     write_gz(root / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,split",
              (f"{dicom},train" for *_, dicom in ids))
     write_gz(root / "mimic-cxr-2.0.0-metadata.csv.gz", "dicom_id,ViewPosition,Rows,Columns",
@@ -297,14 +297,14 @@ def time_manifest(studies):
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
-def time_films(n=12, size=512):
-    """Films of 2500 x 3000 by data.shrink and, in turn, by plain PIL, each read, resized and
-    written in this process -> films a second of each, by its processor time."""
+def time_images(n=12, size=512):
+    """Images of 2500 x 3000 by data.shrink and, in turn, by plain PIL, each read, resized and
+    written in this process -> images a second of each, by its processor time."""
     rng, spent = np.random.default_rng(0), np.zeros(2)
     coarse = Image.fromarray(rng.integers(30, 220, (60, 50), np.uint8)).resize((2500, 3000))
     grain = Image.fromarray(rng.integers(0, 6, (3000, 2500), np.uint8))
     with tempfile.TemporaryDirectory() as folder:
-        path, target = Path(folder) / "film.jpg", Path(folder) / "small.jpg"
+        path, target = Path(folder) / "image.jpg", Path(folder) / "small.jpg"
         ImageChops.add(coarse, grain).save(path, quality=95)       # 1.6 MB; MIMIC-CXR-JPG's: 1.5
         for _ in range(n):
             start = time.process_time()
@@ -319,11 +319,11 @@ def bench_prepare():
     few, many = 2_000, 20_000
     _, small = time_manifest(few)                                # first: the peak only grows
     seconds, large = time_manifest(many)
-    ours, plain = time_films()
+    ours, plain = time_images()
     return {"manifest rows a second": many / seconds, "peak MB at 20,000 studies": large,
-            "peak MB at 243,334 films, extrapolated":
+            "peak MB at 243,334 images, extrapolated":
                 small + (large - small) * (243_334 - few) / (many - few),
-            "films shrunk a second": ours, "films a second by plain PIL": plain,
+            "images shrunk a second": ours, "images a second by plain PIL": plain,
             "shrink over plain PIL": ours / plain}
 
 

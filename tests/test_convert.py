@@ -100,7 +100,7 @@ RATED = {"App": [("s50000001", "B01"), ("s50000001", "B02"), ("s50000006", "B02"
 
 HEART_REGION = {"phrase": "The heart is enlarged.", "boxes": [[0.275, 0.5, 0.775, 0.8]]}
 LUNGS_REGION = {"phrase": "Both lungs.", "boxes": [[0, 0.1, 0.375, 0.75], [0.5625, 0.1, 1, 0.75]]}
-WANTED = [                                             # by hand from the tables above
+EXPECTED = [                                             # by hand from the tables above
     ("a1", "train", "The heart is enlarged. Cardiomegaly.", [HEART_REGION, LUNGS_REGION]),
     ("a2", "train", "The heart is enlarged.",
      [HEART_REGION, {"phrase": "Few keys.", "boxes": [[0.1, 0.1, 0.2, 0.2]]}]),
@@ -234,10 +234,10 @@ def test_mimic_manifest_and_funnel_are_those_written_by_hand(monkeypatch, mimic,
     """Guards: both methods counted, laterals, NaN as text, a question id that repeats in another
     study, sub-answers, fallback boxes, fused twins, boxes beyond the image, columns by place."""
     rows, notes = convert(monkeypatch, mimic)
-    wanted = [{"image": f"images_512/{PLACE[dicom]}", "study": PLACE[dicom].split("/")[2],
+    expected = [{"image": f"images_512/{PLACE[dicom]}", "study": PLACE[dicom].split("/")[2],
                "patient": PLACE[dicom].split("/")[1], "split": split, "report": report,
-               "regions": regions} for dicom, split, report, regions in WANTED]
-    assert rows == wanted
+               "regions": regions} for dicom, split, report, regions in EXPECTED]
+    assert rows == expected
     assert notes["funnel"] == {table: {reason: dict(zip(data.SPLITS, n)) for reason, n in
                                        reasons.items()} for table, reasons in FUNNEL.items()}
     assert balanced(notes["funnel"])
@@ -255,7 +255,7 @@ def test_releases_that_differ_give_the_same_rows(monkeypatch, tmp_path, lead, gz
     rows, _ = convert(monkeypatch, mimic_tree(tmp_path, lead, gz), "--size", 0, "--workers",
                       workers)
     assert [(Path(row["image"]).stem, row["split"], row["report"], row["regions"]) for row in rows
-            if "d2" not in row["image"]] == WANTED
+            if "d2" not in row["image"]] == EXPECTED
     files = tmp_path / "mimic-cxr-jpg" / "files"
     assert all(files in Path(row["image"]).parents for row in rows)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -268,12 +268,12 @@ def test_images_are_shrunk_once(monkeypatch, mimic, tmp_path):
     rows, notes = convert(monkeypatch, mimic, "--size", 80, "--workers", 2)
     out = tmp_path / "out"
     assert [(row["split"], row["report"], row["regions"]) for row in rows] == [
-        wanted[1:] for wanted in WANTED]
+        expected[1:] for expected in EXPECTED]
     assert notes["arguments"]["size"] == "80" and balanced(notes["funnel"])
     with Image.open(out / rows[0]["image"]) as small:
         assert small.size == (80, 100) and small.mode == "L"
-        wanted = np.asarray(drawn(0).resize((80, 100), Image.Resampling.BILINEAR), float)
-        assert abs(np.asarray(small, float) - wanted).max() < 6
+        expected = np.asarray(drawn(0).resize((80, 100), Image.Resampling.BILINEAR), float)
+        assert abs(np.asarray(small, float) - expected).max() < 6
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
     manifest = (out / "manifest.jsonl").read_bytes()
     gone = out / rows[1]["image"]
@@ -305,13 +305,13 @@ def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, mimic, tmp_path):
     jobs = []
     monkeypatch.setattr(data, "shrink", lambda job: jobs.append(job[1]) or shrink(job))
     rows, notes = convert(monkeypatch, mimic, "--size", 80)
-    assert not set(made) & set(jobs) and len(jobs) == len(WANTED) + 2 - 2      # 2 have no image
-    assert [row["report"] for row in rows] == [wanted[2] for wanted in WANTED]
+    assert not set(made) & set(jobs) and len(jobs) == len(EXPECTED) + 2 - 2      # 2 have no image
+    assert [row["report"] for row in rows] == [expected[2] for expected in EXPECTED]
     assert balanced(notes["funnel"])
 
 
 def test_what_is_left_out_is_said(monkeypatch, mimic, tmp_path):
-    """Guards: a source that is wanted though the paper's set does without it, a silent loss."""
+    """Guards: a source that is required though the paper's set does without it, a silent loss."""
     for table in (tmp_path / "mimic-cxr-jpg").glob("*.csv.gz"):
         table.unlink()
     rows, notes = convert(monkeypatch, without(mimic, "--qba", "--chexmask"), "--size", 0)
@@ -322,7 +322,7 @@ def test_what_is_left_out_is_said(monkeypatch, mimic, tmp_path):
     for words in ("official splits", "official views", "--chexmask", "--qba"):
         assert words in said
     rows, _ = convert(monkeypatch, without(mimic, "--chexmask"), "--size", 0)
-    assert rows[0]["regions"] == WANTED[0][3]                    # by the images' own sizes
+    assert rows[0]["regions"] == EXPECTED[0][3]                    # by the images' own sizes
 
 
 def test_method_rating_and_fusion_are_as_asked_for(monkeypatch, mimic):
@@ -486,7 +486,7 @@ BOXES = [  # file, category, x, y, w, h; of images of 160 x 200
                                                                        40, 50),
     ("j.jpg", None, 0, 0, 10, 10), ("i.jpg", 1, None, None, None, None)]
 RIGHT, LEFT = "Right lung.", "Left lung."
-COVID_WANTED = [  # file, patient, report, regions
+COVID_EXPECTED = [  # file, patient, report, regions
     ("a.jpg", "1", 'He said "cough". The lungs, both, are clear.',
      [(RIGHT, [0.1, 0.1, 0.4, 0.6]), (LEFT, [0.5, 0.1, 0.9, 0.9])]),
     ("b.png.jpg", "1", 'He said "cough". The lungs, both, are clear.',
@@ -531,7 +531,7 @@ def test_covid_manifest_is_the_one_written_by_hand(monkeypatch, tmp_path, early)
     rows, notes = convert(monkeypatch, covid_tree(tmp_path, early))
     assert [(row["image"], row["patient"], row["report"],
              [(region["phrase"], *region["boxes"]) for region in row["regions"]])
-            for row in rows] == [(f"images_512/{name}", *more) for name, *more in COVID_WANTED]
+            for row in rows] == [(f"images_512/{name}", *more) for name, *more in COVID_EXPECTED]
     assert balanced(notes["funnel"]) and data.check(tmp_path / "out", tmp_path / "s.png") == 0
     dropped = {reason: sum(by.values()) for reason, by in notes["funnel"]["images"].items()}
     modality = {"view": 2} if early else {"view": 1, "not X-ray": 1}
@@ -634,10 +634,10 @@ def header_only(path):
 TABLE, SPLIT = "MIMIC-CXR-JPG.csv.gz", "mimic-cxr-jpg/mimic-cxr-2.0.0-split.csv.gz"
 ZIP, RATED_TABLE = "qba/exports/A_frontal/qa.zip", "metadata/App/question_metadata.csv.gz"
 CHAT = "llava-rad/1.0.0/chat_test_MIMIC_CXR_all_gpt4extract_rulebased_v1.json"
-BAD = [(TABLE, cut, "download complete"), (SPLIT, cut, "download complete"), (ZIP, cut, "download complete"),
-       (ZIP, spoil, "download complete"), (CHAT, cut, "cut short"), (TABLE, header_only, "dicom_id"),
-       (TABLE, Path.unlink, "No such file"), (ZIP, Path.unlink, "--qba expects"),
-       (CHAT, Path.unlink, "--llava-rad expects"),
+BAD = [(TABLE, cut, "download complete"), (SPLIT, cut, "download complete"),
+       (ZIP, cut, "download complete"), (ZIP, spoil, "download complete"), (CHAT, cut, "cut short"),
+       (TABLE, header_only, "dicom_id"), (TABLE, Path.unlink, "No such file"),
+       (ZIP, Path.unlink, "--qba expects"), (CHAT, Path.unlink, "--llava-rad expects"),
        (f"qba/exports/A_frontal/{RATED_TABLE}", Path.unlink, "--rating A++")]
 
 
@@ -660,7 +660,7 @@ def test_a_wrong_folder_is_one_line(monkeypatch, mimic, tmp_path, flag, words):
 
 
 def test_a_full_disk_leaves_no_half_file(monkeypatch, mimic, tmp_path):
-    """Guards: a cut image taken for done by the next run, a manifest cut at the end of the space."""
+    """Guards: a cut image taken for done by the next run, a manifest cut where the space ends."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full, a device without space")
     out = tmp_path / "out"
@@ -672,7 +672,7 @@ def test_a_full_disk_leaves_no_half_file(monkeypatch, mimic, tmp_path):
         said = fails(monkeypatch, mimic, "--size", 80)
         assert "No space left on device" in said and str(out / name) in said
         assert not (out / name).exists()
-    assert len(convert(monkeypatch, mimic, "--size", 80)[0]) == len(WANTED)
+    assert len(convert(monkeypatch, mimic, "--size", 80)[0]) == len(EXPECTED)
 
 
 def test_another_set_is_not_written_over(monkeypatch, mimic, tmp_path, phantom):
