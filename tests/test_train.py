@@ -221,8 +221,8 @@ def test_two_processes_are_one_with_twice_the_batch(odd, model, tmp_path):
     for a, b in zip(one, two):
         assert {k: pytest.approx(v, abs=2e-5) for k, v in a.items()} == b
     start, one, two = (weights_of(tmp_path / name) for name in ("start", "one", "two"))
-    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    assert max((one[name] - start[name]).abs().max() for name in one) > 2e-3
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
 
 
 def break_loss(monkeypatch, broken):
