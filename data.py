@@ -29,6 +29,7 @@ import filecmp
 import functools
 import gzip
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -858,8 +859,8 @@ def reading(path):
         raise
     except DAMAGED as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{path}: cannot be read to its end ({reason}); check the path, or "
-                         "download it again: is the download complete?")
+        raise InputError(f"{path}: cannot be read to its end ({reason}); is the path right and the "
+                         "download complete?")
 
 
 @contextlib.contextmanager
@@ -1480,8 +1481,9 @@ def prepare_covid_cxr(args):
     licences = io.StringIO()
     csv.writer(licences).writerows([("image", "original_file", "licence", "source")] + [
         (row["image"], *row["licence"]) for row in rows])
-    write_file(args.out / "LICENSES.csv", lambda draft: draft.write_text(licences.getvalue()))
     run.finish(rows, {})
+    write_file(args.out / "LICENSES.csv", lambda draft: draft.write_text(
+        licences.getvalue(), encoding="utf-8", newline=""))
 
 
 # ---- check ---------------------------------------------------------------------------------------
@@ -1491,8 +1493,7 @@ def manifest_notes(rows):
     regions = [region for row in rows for region in row.get("regions") or []]
     boxes = [box for region in regions for box in region["boxes"]]
     patients = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
-    texts = [json.dumps(row, sort_keys=True) for row in rows]
-    counts = {"rows repeated word for word": len(texts) - len(set(texts)),
+    counts = {"rows repeated word for word": len(rows) - len({hash(str(row)) for row in rows}),
               "rows whose image another row has": len(rows) - len({r["image"] for r in rows}),
               "rows with neither report nor regions":
                   sum(not (row.get("report") or row.get("regions")) for row in rows),
@@ -1500,11 +1501,10 @@ def manifest_notes(rows):
                   len(boxes) - len(drop_degenerate(boxes))}
     notes = [f"{words}: {n:,}" for words, n in counts.items() if n]
     notes += unknown_keys(rows, ROW_KEYS) + unknown_keys(regions, REGION_KEYS)
-    for split in ("val", "test"):
-        if not patients[split]:
-            notes.append(f"no rows of split {split!r}")
-        if shared := patients["train"] & patients[split]:
-            notes.append(f"patients both in train and in {split}, whose scores will be too good: "
+    notes += [f"no rows of split {split!r}" for split in ("val", "test") if not patients[split]]
+    for first, second in itertools.combinations(SPLITS, 2):
+        if shared := patients[first] & patients[second]:
+            notes.append(f"patients both in {first} and in {second}, so scores mislead: "
                          f"{len(shared):,}, such as {min(shared)!r}")
     return notes
 

@@ -167,8 +167,8 @@ def test_notes_say_what_is_odd(tmp_path):
     for words in ("rows repeated word for word: 1", "rows whose image another row has: 1",
                   "neither report nor regions: 1", "almost no area, dropped when read: 1",
                   "unknown key 'reports', not read: 1; is 'report' meant?", "unknown key 'label'",
-                  "no rows of split 'val'", "in train and in test, whose scores will be too good: "
-                  "1, such as 'p'"):
+                  "no rows of split 'val'",
+                  "in train and in test, so scores mislead: 1, such as 'p'"):
         assert any(words in note for note in notes), words
     assert len(notes) == 8 and not any("\n" in note for note in notes)
 
