@@ -23,25 +23,23 @@ import sys
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        prog="model.py", description="Ask a trained LoFi about an image, or export its encoder.")
+        description="Ask a trained LoFi about an image, or export its encoder.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("export", help="merge LoRA into a plain SiglipModel folder, "
-                                  "which transformers loads without this code")
-    command.add_argument("run", help="run folder of train.py")
-    command.add_argument("out", help="folder to write: SiglipModel, tokenizer and image processor")
-    command = commands.add_parser(
-        "ask", help="print JSON: the report of an image; with --phrase, the boxes of each phrase "
-        "and the sentence for them; with --box, the sentence for that region; with each answer its "
-        "score, the geometric mean probability of its tokens",
+    add = commands.add_parser("export", help="merge LoRA into a plain SiglipModel folder, which "
+                              "transformers loads without this code").add_argument
+    add("run", help="run folder of train.py")
+    add("out", help="folder to write: SiglipModel, tokenizer and image processor")
+    add = commands.add_parser(
+        "ask", help="print JSON: the report of an image, or the boxes of phrases, or the sentence "
+        "for a box; with each the score, the geometric mean probability of the answer's tokens",
         epilog="LoFi is never taught that a finding is not there: it answers almost any phrase "
-        "with boxes. A low score is a hint, not a test.")
-    command.add_argument("run", help="run folder of train.py")
-    command.add_argument("image", help="a chest X-ray, any mode and size")
-    one = command.add_mutually_exclusive_group()
-    one.add_argument("--phrase", nargs="+", metavar="WORDS",
-                     help="findings to look for, each a sentence (Eq. 3)")
-    one.add_argument("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"),
-                     help="a region, as fractions of width and height (dense captioning)")
+        "with boxes. A low score is a hint, not a test.").add_argument
+    add("run", help="run folder of train.py")
+    add("image", help="a chest X-ray of any mode and size")
+    add("--phrase", nargs="+", metavar="WORDS",
+        help="findings to look for, each a sentence (Eq. 3)")
+    add("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"), help="instead of --phrase: "
+        "a region, as fractions of width and height (dense captioning)")
     return parser.parse_args()
 
 
@@ -260,28 +258,27 @@ def load_pretrained(cls, source, hint="", **options):
 
     Raises InputError if it is gated, absent, damaged, of another type, or lacks weights, which
     would stay random."""
+    options |= hub_options(source)
     try:
         if not issubclass(cls, PreTrainedModel):
-            return cls.from_pretrained(source, **hub_options(source), **options)
+            return cls.from_pretrained(source, **options)
         kind = AutoConfig.from_pretrained(source, **hub_options(source)).model_type
         if kind != cls.config_class.model_type:
             raise ValueError(f"it is a {kind} model, expected {cls.config_class.model_type}")
-        part, report = cls.from_pretrained(source, output_loading_info=True, **hub_options(source),
-                                           **options)
+        part, report = cls.from_pretrained(source, output_loading_info=True, **options)
         if missing := report["missing_keys"]:
             raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
         return part
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
             SafetensorError) as error:
-        reason = first_line(error).rstrip(". ")
-    advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
-              if Path(source).exists() else
-              f"if it is gated, accept its terms at https://huggingface.co/{source} and run `hf "
-              "auth login`; or give a local folder")
-    raise InputError(f"{source}: {cls.__name__} cannot be loaded ({reason}); {advice}"
-                     + (f"; {hint}" if hint else ""))
+        advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
+                  if Path(source).exists() else
+                  f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
+                  "`hf auth login`; or give a local folder")
+        raise InputError(f"{source}: {cls.__name__} cannot be loaded "
+                         f"({first_line(error).rstrip('. ')}); {advice}{hint and '; '}{hint}")
 
 
 NO_WEIGHTS = "--preset tiny and --random-init need no weights"
@@ -321,12 +318,11 @@ def find_tokenizer(source):
     """The tokenizer of a model id or folder; None if there is no source or it has no tokenizer."""
     if not source:
         return None
-    options = hub_options(source)
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **hub_options(source))
     except ImportError:                 # SigLIP 1 names a class that needs another package
-        return PreTrainedTokenizerFast.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return PreTrainedTokenizerFast.from_pretrained(source, **hub_options(source))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -394,19 +390,16 @@ class Encoder(nn.Module):
 
         Raises InputError."""
         source, path = str(source), Path(source)
-        if path.name and path.parent.name and path.parent.is_dir() and not path.exists():
+        if not path.exists() and len(path.parts) > 1 and path.parent.is_dir():
             raise InputError(f"{source}: no such checkpoint; `python train.py` makes runs/phantom, "
                              "and --checkpoint takes a run, or a SigLIP-family id or folder")
         if is_run(path):
-            encoder = LoFi.from_pretrained(source, device)
-        else:
-            siglip = load_pretrained(SiglipModel, source, "train.py makes a run, model.py export a "
-                                     "SigLIP folder", dtype=torch.float32)
-            if not (tokenizer := find_tokenizer(source)):
-                raise InputError(f"{source}: it has no tokenizer; expected a SigLIP-family model "
-                                 "with its tokenizer")
-            check_tokenizer(tokenizer, siglip.config.text_config.vocab_size, source)
-            encoder = Encoder(siglip, tokenizer).to(device).eval()
+            return LoFi.from_pretrained(source, device)
+        siglip = load_pretrained(SiglipModel, source, "train.py makes a run, model.py export a "
+                                 "SigLIP folder", dtype=torch.float32)
+        tokenizer = find_tokenizer(source)
+        check_tokenizer(tokenizer, siglip.config.text_config.vocab_size, source)
+        encoder = Encoder(siglip, tokenizer).to(device).eval()
         encoder.source = source
         return encoder
 
@@ -625,8 +618,7 @@ class LoFi(Encoder):
         sizes = (model.siglip.config.text_config.vocab_size,
                  model.llm.get_input_embeddings().num_embeddings)
         for tokenizer, size, place in zip(tokenizers, sizes, places):
-            check_tokenizer(tokenizer, size, place)
-        check_tokenizer(tokenizers[1], sizes[1], places[1], needs_bos=True)
+            check_tokenizer(tokenizer, size, place, needs_bos=place.name == "tokenizer")
         model.load_weights(folder / "model.safetensors")
         model.source = str(folder)
         return model.to(device).eval()
@@ -634,12 +626,11 @@ class LoFi(Encoder):
     def load_weights(self, path):
         """Load model.safetensors. Raises InputError if it is damaged or of another model."""
         state, expected = read_weights(path), self.saved_state()
-        wrong = [name for name in expected.keys() | state.keys()
-                 if name not in state or name not in expected
-                 or state[name].shape != expected[name].shape]
-        if wrong:
+        shapes = [{name: tensor.shape for name, tensor in some.items()}.items()
+                  for some in (state, expected)]
+        if wrong := shapes[0] ^ shapes[1]:
             raise InputError(f"{path}: {len(wrong)} tensors do not fit config.json, such as "
-                             f"{min(wrong)}; it is a checkpoint of another model")
+                             f"{min(wrong)[0]}; it is a checkpoint of another model")
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise InputError(f"{path}: {name} has a value that is not finite; the training "
@@ -683,16 +674,14 @@ def read_weights(path):
 
 def is_run(folder):
     """Whether a folder holds a run of train.py: a config.json with our keys."""
-    try:
-        return "n_queries" in json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
-        return False
+    path = Path(folder, "config.json")
+    return path.is_file() and '"n_queries"' in path.read_text(errors="replace")
 
 
 def read_config(folder):
     """config.json of a run folder -> Config. Raises InputError."""
     try:
-        config = Config(**json.loads((Path(folder) / "config.json").read_text()))
+        config = Config(**json.loads(Path(folder, "config.json").read_text()))
     except (OSError, TypeError, ValueError):
         raise InputError(f"{folder}: not a run folder of train.py (it has no config.json of ours); "
                          "`python train.py` makes runs/phantom")
@@ -764,6 +753,8 @@ def main(args=None):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if args.command == "ask":
+        if args.phrase and args.box:
+            raise InputError("--phrase and --box: give one of them")
         print(json.dumps(answer(args.run, args.image, args.phrase, args.box)))
         return
     export(args.run, args.out)
