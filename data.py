@@ -1121,8 +1121,11 @@ class Conversion:
         write_json(self.out / "prepare.json", {
             "command": self.command, "arguments": self.arguments, "lost": self.lost,
             "funnel": tables, "published": published})
-        lines = [json.dumps({key: row[key] for key in ROW_KEYS}) + "\n" for row in rows]
-        write_file(self.out / "manifest.jsonl", lambda draft: draft.write_text("".join(lines)))
+        def write_rows(draft):                                 # row by row: some sets are large
+            with open(draft, "w") as file:
+                file.writelines(json.dumps({key: row[key] for key in ROW_KEYS}) + "\n"
+                                for row in rows)
+        write_file(self.out / "manifest.jsonl", write_rows)
         print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
 
 
