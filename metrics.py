@@ -85,11 +85,9 @@ def check_output(path, inputs):
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")
-    for given in map(Path, inputs):
-        if path.resolve() == given.resolve() or (
-                path.exists() and given.exists() and path.samefile(given)):
-            raise InputError(f"{path}: is an input of this command and would be overwritten; "
-                             "choose another output path")
+    if path.exists() and any(Path(given).exists() and path.samefile(given) for given in inputs):
+        raise InputError(f"{path}: is an input of this command and would be overwritten; choose "
+                         "another output path")
 
 
 def lock(path):
@@ -427,14 +425,12 @@ def phrase_prior(rows):
 
 # ---- the predictions file ------------------------------------------------------------------------
 
-ROW_KEYS = {"image": str, "phrase": str, "boxes": list, "pred": list, "malformed": bool}
-
-
 def row_problem(row):
     """What is invalid about a row of a predictions file, in words; None if it is valid."""
     if not isinstance(row, dict):
         return f"got {row!r:.60}, expected a JSON object (see --help)"
-    for key, kind in ROW_KEYS.items():
+    kinds = {"image": str, "phrase": str, "boxes": list, "pred": list, "malformed": bool}
+    for key, kind in kinds.items():
         if not isinstance(row.get(key), kind):
             got = f"{row[key]!r:.60}" if key in row else "nothing"
             return f'got {got} for "{key}", expected a {kind.__name__}'

@@ -158,25 +158,11 @@ def cache_file(encoder, path, rows):
     for row in rows:
         stat = os.stat(row["path"])
         digest.update(f"{row['image']} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    folder = Path(encoder.source or DEFAULT_RUN)
+    folder = Path(encoder.source or "runs")
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         folder = Path("runs")
     name = data.manifest_path(path).resolve().parent.name
     return folder / "embeddings" / f"{name}-{digest.hexdigest()[:16]}.safetensors"
-
-
-def read_cache(file, n):
-    """The (n, D) embeddings of a cache file, or None if it is missing or damaged."""
-    if not file.exists():
-        return None
-    try:
-        emb = read_weights(file)["emb"]
-        if len(emb) == n:
-            return emb
-    except (InputError, KeyError):
-        pass
-    say(f"{file}: damaged, embedding the images anew")
-    return None
 
 
 def image_embeddings(encoder, path, rows, batch_size=64):
@@ -187,16 +173,19 @@ def image_embeddings(encoder, path, rows, batch_size=64):
     if not rows:
         raise InputError(f"{path}: no images to embed, the pool is empty")
     file = cache_file(encoder, path, rows)
-    emb = read_cache(file, len(rows))
-    if emb is None:
-        emb = embed(encoder, [row["path"] for row in rows], batch_size)
-        if rank_and_world()[0] == 0:
-            try:
-                write_weights(file, {"emb": emb})
-            except InputError as error:                        # a full disk costs only the reuse
-                print(f"the embeddings are not kept: {error}")
+    if file.exists():
+        try:
+            return read_weights(file)["emb"]
+        except (InputError, KeyError):
+            say(f"{file}: damaged, embedding the images anew")
+    emb = embed(encoder, [row["path"] for row in rows], batch_size)
+    if rank_and_world()[0] == 0:
+        try:
+            write_weights(file, {"emb": emb})
+        except InputError as error:                            # a full disk costs only the reuse
+            print(f"the embeddings are not kept: {error}")
     if dist.is_initialized():
-        dist.barrier()                                         # so that all find the file, or none
+        dist.barrier()                                         # none looks for a file half-way
     return emb
 
 

@@ -338,7 +338,8 @@ def test_table_1_for_several_checkpoints(encoder, phantom, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("sentence, category, expected", [
-    ("Two small nodules.", "Nodule.", True), ("No nodule.", "nodule", False), ("Massive left pleural effusion.", "mass", False),
+    ("Two small nodules.", "Nodule.", True), ("No nodule.", "nodule", False),
+    ("Massive left pleural effusion.", "mass", False),
     ("Masses in both lungs.", "mass", True), ("Left pleural effusion.", "pleural effusion", True)])
 def test_a_category_is_named_by_whole_words(sentence, category, expected):
     """Guards: "massive" counted as a mass; a sentence that denies the finding."""
@@ -498,7 +499,8 @@ def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_pat
     shutil.copytree(phantom, "runs/phantom_data")
     assert retrieve.trained_on(encoder.source) == "runs/phantom_data"
     trainer = Path(encoder.source) / "trainer.pt"
-    for own, expected in ((str(phantom), str(phantom)), ("/moved/phantom_data", "runs/phantom_data")):
+    for own, expected in ((str(phantom), str(phantom)),
+                          ("/moved/phantom_data", "runs/phantom_data")):
         torch.save({"settings": {"data": own}}, trainer)
         assert retrieve.trained_on(encoder.source) == expected
     torch.save({"settings": {"data": "/elsewhere/mimic"}}, trainer)
@@ -572,4 +574,4 @@ def test_torchrun_gives_the_embeddings_of_one_process(encoder, phantom, tmp_path
     assert done.stdout.count("Image-to-Text") == 1 and done.stdout.count("Next:") == 1
     assert json.loads((tmp_path / "t.json").read_text())["n_images"] == 54
     assert cached(encoder) == [file]
-    assert torch.allclose(retrieve.read_cache(file, 54), alone, atol=1e-6)
+    assert torch.allclose(lofi_model.read_weights(file)["emb"], alone, atol=1e-6)
