@@ -4,6 +4,7 @@
     python icl_ground.py --data DIR --split test --out P.jsonl     # a set: a row of Table 2
     python icl_ground.py --data DIR --encoders A B --k 20 40       # Table 2, several encoders
     python icl_ground.py --data DIR --lvlm lofi                    # Table 4; or nearest, or prior
+    python icl_ground.py --data DIR --lvlm google/gemma-3-270m     # blind: reads, never sees
 
 The pool images most like the query image, by the cosine of E_I, become demonstrations: turns of
 image, sentence and boxes before the query. For one image you will see JSON on stdout (boxes as
@@ -11,47 +12,112 @@ fractions and as pixels) and an overlay PNG, predictions solid, ground truth das
 a set a bar, then the row Ro/L Ro/S F@0.5 P@0.5 R@0.5 beside the phrase prior. Needs a run of
 train.py, or another encoder, and for MedGemma its weights.
 
+LoFi is never taught that a finding is not there: it answers almost any phrase with boxes. The score
+of an answer (the geometric mean probability of its tokens) is a hint, not a test.
+
 K demonstrations  n phrases of an image  H LLM width
 boxes: (x0, y0, x1, y1), fractions of width and height; box_yxyx_1000: MedGemma's own format
 """
 
 import argparse
+import json
+import sys
+from pathlib import Path
+
+MEDGEMMA = "google/medgemma-1.5-4b-it"                 # the paper's LVLM               (Sec. 2.0.4)
+
+
+# ---- arguments: before the imports that take seconds, so that --help answers at once -------------
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\nK demo")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what to ground: one image and phrase, or a set").add_argument
+    add("--image", metavar="FILE", help="a chest X-ray of any mode and size")
+    add("--phrase", metavar="TEXT", help="the sentence to find on it")
+    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file: the set, and the "
+        "pool of demonstrations (default: what --checkpoint was trained on)")
+    add("--split", choices=["train", "val", "test"], default="test",
+        help="of --data, to ground (default: %(default)s)")
+    add("--out", metavar="FILE", help="of an image: the overlay, .png (default: "
+        "runs/IMAGE_grounded.png); of a set: the predictions, .jsonl, which a stopped run continues "
+        "(default: runs/DATA_SPLIT_LVLM.jsonl); several encoders or k: a file each, named after "
+        "them")
+    add("--json", metavar="PATH", help="also write a set's scores there, as fractions (default: "
+        "not written)")
+
+    add = parser.add_argument_group("demonstrations").add_argument
+    add("--checkpoint", default="runs/phantom", metavar="RUN", help="run folder of train.py: E_I, "
+        "E_T, and the decoder of --lvlm lofi; or a SigLIP-family id or folder (default: "
+        "%(default)s)")
+    add("--encoders", nargs="+", metavar="RUN", help="several of these to retrieve with, in turn: "
+        "a row of Table 2 each (default: --checkpoint)")
+    add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations (image, "
+        "sentence, boxes) a query; Table 2: 20 40; 0: none, MedGemma's row of Table 3 (default: "
+        "40, the paper's best)")
+    add("--pool", metavar="PATH", help="another manifest for the demonstrations; they are always "
+        "of its train and val splits (default: --data)")
+    add("--order", choices=["similar-last", "similar-first"], default="similar-last",
+        help="of the demonstrations; not stated in the paper (default: %(default)s)")
+
+    add = parser.add_argument_group("grounder").add_argument
+    add("--lvlm", metavar="NAME", help="a Gemma 3 id or folder, of a model that sees or, blind, of "
+        "a text model, which reads the demonstrations and never sees an image; or lofi: LoFi's own "
+        "decoder (Table 4); nearest: the boxes of the demonstration whose phrase is closest by "
+        f"E_T; prior: the phrase's median training box (default: {MEDGEMMA}, which is gated; lofi "
+        "if --checkpoint is a run of the tiny preset)")
+    add("--blind", action="store_true", help="leave all images out of the prompt: how much of the "
+        "score do the demonstrations' texts and boxes carry alone? Not in the paper")
+    add("--max-new-tokens", type=int, default=512, metavar="N",
+        help="of a reply; not stated in the paper (default: %(default)s)")
+    add("--show-prompt", action="store_true", help="print what is sent before the answer, image "
+        "tokens counted, not repeated; of a set, for its first phrase")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="of the LVLM; auto: bf16, or fp32 on a CPU (default: auto)")
+    add("--plain", action="store_true", help="one processor call and one generate a phrase, as the "
+        "method is defined: the same answers, slower")
+    add("--batch-size", type=int, default=16, metavar="N",
+        help="phrases of an image that decode at once (default: %(default)s)")
+    add("--feature-cache-gb", type=float, default=8, metavar="GB", help="CPU memory for image "
+        "features; MedGemma's take 1.3 MB an image in bf16; 0: keep none (default: %(default)s)")
+    return parser.parse_args()
+
+
+ARGS = parse_args() if __name__ == "__main__" else None
+
+# ruff: noqa: E402
 import contextlib
 import functools
 import itertools
-import json
 import logging
 import os
 import re
-import sys
+import shlex
 import textwrap
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-from transformers import (AutoConfig, DynamicCache, Gemma3ForConditionalGeneration, Gemma3Processor,
-                          logging as transformers_logging)
+from transformers import (AutoConfig, DynamicCache, Gemma3ForCausalLM,
+                          Gemma3ForConditionalGeneration, Gemma3Processor, StoppingCriteria,
+                          StoppingCriteriaList)
+from transformers import logging as transformers_logging
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-transformers_logging.set_verbosity_error()             # before imports of ours that would log
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-import data                                            # noqa: E402
-import metrics                                         # noqa: E402
-import retrieve                                        # noqa: E402
-from model import (ANSWER_TOKENS, LoFi, SafetensorError, find_device,      # noqa: E402
-                   where_to_look)
-
-MEDGEMMA = "google/medgemma-1.5-4b-it"                 # the paper's LVLM               (Sec. 2.0.4)
-
-
-class IclError(ValueError):
-    """The run cannot start or go on; the message is one line that says what to do."""
-
+import data
+import metrics
+import retrieve
+from metrics import InputError, first_line
+from model import (ANSWER_TOKENS, Encoder, LoFi, find_device, find_tokenizer, is_run,
+                   join_processes, load_pretrained, rank_and_world, say)
 
 # ---- the prompt; not stated in the paper --------------------------------------------------------
 # The box format is MedGemma 1.5's own. Each demonstration is a user turn that ends with its phrase
@@ -69,6 +135,15 @@ Remember that "left" is the patient's left side, which is on the right of the im
 
 QUERY = "Query:\nWhere is this finding? {phrase}"
 
+# Gemma 3's own chat format, for base models, which come without a template.
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}\
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' }}\
+{% for item in message['content'] %}\
+{{ '<start_of_image>' if item['type'] == 'image' else item['text'] | trim }}\
+{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}\
+{{ '<start_of_turn>model\n' if add_generation_prompt else '' }}"""
+
 
 def boxes_to_reply(boxes_yxyx_1000, phrase):
     """An assistant's turn: [{"box_2d": [y0, x0, y1, x1], "label": phrase}, ...]."""
@@ -76,25 +151,25 @@ def boxes_to_reply(boxes_yxyx_1000, phrase):
                       ensure_ascii=False)
 
 
-def turns(path, phrase, demonstrations, order="similar-last"):
-    """Chat messages: the demonstrations (given most similar first), then the query, phrase at the
-    end. An image stands once, before the first of its triplets."""
+def turns(path, phrase, demonstrations, order="similar-last", blind=False):
+    """Chat messages: the demonstrations (given most similar first), then the query, whose phrase is
+    the end. An image stands once, before the first of its triplets; blind: never."""
     groups = [list(group) for _, group in
               itertools.groupby(demonstrations, key=lambda triplet: triplet["path"])]
     if order == "similar-last":
         groups.reverse()
     messages, shown = [], None
     for triplet in [*itertools.chain(*groups), {"path": path, "phrase": phrase}]:
-        # "<eos>" or an image token written in a phrase stays plain text
+        # "<eos>" or an image token written in a phrase must stay plain text
         asked = re.sub(r"<(?=\w+>)", "< ", triplet["phrase"])
         text = QUERY.format(phrase=asked)
         content = [{"type": "text", "text": text if messages else f"{INSTRUCTION}\n\n{text}"}]
-        if triplet["path"] != shown:
+        if triplet["path"] != shown and not blind:
             content.insert(0, {"type": "image", "image": triplet["path"]})
             shown = triplet["path"]
         messages.append({"role": "user", "content": content})
         if "boxes" in triplet:
-            boxes = boxes_to_yxyx_1000(triplet["boxes"], film_size(triplet["path"]))
+            boxes = boxes_to_yxyx_1000(triplet["boxes"], image_shape(triplet["path"]))
             answer = [{"type": "text", "text": boxes_to_reply(boxes, asked)}]
             messages.append({"role": "assistant", "content": answer})
     return messages
@@ -106,59 +181,72 @@ def images_of(messages):
             if item["type"] == "image"]
 
 
+def chat_text(processor, messages):
+    """The chat as one text, up to where the model's reply begins."""
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
 def chat_ids(processor, messages):
-    """The ids of processor.apply_chat_template(messages, tokenize=True), images left unread."""
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    text = text.replace(processor.boi_token, processor.full_image_sequence)
-    bos = processor.tokenizer.bos_token
-    return processor.tokenizer(text, add_special_tokens=not text.startswith(bos))["input_ids"]
+    """The ids of processor.apply_chat_template(messages, tokenize=True), images left unread.
+
+    processor: of a model that sees, or the tokenizer of a text model."""
+    text = chat_text(processor, messages)
+    if images_of(messages):
+        text = text.replace(processor.boi_token, processor.full_image_sequence)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    has_bos = text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
 
 
-# ---- boxes: y first, 0 to 1000, of the film padded with black to a centred square ---------------
+# ---- boxes: y first, 0 to 1000, of the image padded with black to a centred square --------------
 
 @functools.lru_cache(maxsize=100_000)
-def film_size(path):
+def image_shape(path):
     """(width, height) of an image file; only its header is read."""
     with Image.open(path) as image:
         return image.size
 
 
 def centred_square(size):
-    """(width, height) of a film -> side, left and top of the film in its square, pixels."""
+    """(width, height) of an image -> side of its square, left and top of the image in it, pixels.
+    """
     side = max(size)
     return side, (side - size[0]) // 2, (side - size[1]) // 2
 
 
-def pad_to_square(film):
-    """A grey film -> RGB, padded with black to a centred square."""
-    side, left, top = centred_square(film.size)
+def pad_to_square(image):
+    """A grey image -> RGB, padded with black to a centred square."""
+    side, left, top = centred_square(image.size)
     square = Image.new("RGB", (side, side))
-    square.paste(film, (left, top))
+    square.paste(image, (left, top))
     return square
 
 
 def boxes_to_yxyx_1000(boxes, size):
-    """Boxes of a film of size (width, height) -> box_yxyx_1000 integers of its padded square."""
-    side, left, top = centred_square(size)
-    scaled = lambda v, length, offset: round(1000 * (v * length + offset) / side)
-    whole = [[scaled(y0, size[1], top), scaled(x0, size[0], left),
-              scaled(y1, size[1], top), scaled(x1, size[0], left)] for x0, y0, x1, y1 in boxes]
-    low = lambda v: min(v, 999)                                # never empty
-    return [[low(y0), low(x0), max(y1, low(y0) + 1), max(x1, low(x0) + 1)]
-            for y0, x0, y1, x1 in whole]
+    """Boxes of an image of size (width, height) -> box_yxyx_1000 integers of its padded square."""
+    (width, height), (side, left, top) = size, centred_square(size)
+    converted = []
+    for box in boxes:
+        x0, x1 = (round(1000 * (x * width + left) / side) for x in box[::2])
+        y0, y1 = (round(1000 * (y * height + top) / side) for y in box[1::2])
+        x0, y0 = min(x0, 999), min(y0, 999)
+        converted.append([y0, x0, max(y1, y0 + 1), max(x1, x0 + 1)])           # never empty
+    return converted
 
 
 def boxes_from_yxyx_1000(boxes_yxyx_1000, size):
-    """The inverse, clipped to the film; a box that lies in the padding alone is dropped."""
-    side, left, top = centred_square(size)
-    part = lambda v, length, offset: round(min(1, max(0, (v * side / 1000 - offset) / length)), 6)
-    boxes = [[part(x0, size[0], left), part(y0, size[1], top),
-              part(x1, size[0], left), part(y1, size[1], top)]
+    """The inverse, clipped to the image; a box that lies in the padding alone is dropped."""
+    (width, height), (side, left, top) = size, centred_square(size)
+
+    def fraction(value, offset, length):
+        return round(min(1, max(0, (value * side / 1000 - offset) / length)), 6)
+    boxes = [[fraction(x0, left, width), fraction(y0, top, height),
+              fraction(x1, left, width), fraction(y1, top, height)]
              for y0, x0, y1, x1 in boxes_yxyx_1000]
     return [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
 
 
-# ---- answers ------------------------------------------------------------------------------------
+# ---- replies ------------------------------------------------------------------------------------
 
 NUMBER = r"""\s*["']?([-+]?(?:\d+\.?\d*|\.\d+))["']?\s*"""
 FOUR_NUMBERS = re.compile(r"\[" + ",".join([NUMBER] * 4) + r"\]", re.ASCII)
@@ -169,21 +257,43 @@ OBJECTS = r"\{[^{}]*(?:\}[\s,]*\{[^{}]*)*(?:\}|\Z)"
 THOUGHT = re.compile(r"<unused94>.*?(?:<unused95>|\Z)|\A.*<unused95>", re.DOTALL)
 
 
+def box_lists(reply):
+    """The parts of a reply that are lists of boxes, or empty lists, its thinking trace dropped."""
+    return [part for part in re.findall(f"{LIST}|{OBJECTS}", THOUGHT.sub("", reply))
+            if "box_2d" in part or FOUR_NUMBERS.search(part) or EMPTY_LIST.fullmatch(part)]
+
+
 def parse_boxes(reply):
     """A reply -> (boxes_yxyx_1000, malformed). Never raises; an unreadable reply gives ([], True).
 
-    A thinking trace is dropped, then the last JSON list counts. Decimals, swapped corners, single
-    quotes and a cut-off end are read; values are clipped to [0, 1000]; boxes without area and
-    repeated ones are dropped."""
-    lists = [part for part in re.findall(f"{LIST}|{OBJECTS}", THOUGHT.sub("", reply))
-             if "box_2d" in part or FOUR_NUMBERS.search(part) or EMPTY_LIST.fullmatch(part)]
-    boxes = []
+    The last JSON list counts. Decimals, swapped corners, single quotes and a cut-off end are read;
+    values are clipped to [0, 1000]; boxes without area and repeated ones are dropped."""
+    lists, boxes = box_lists(reply), []
     for match in FOUR_NUMBERS.finditer(lists[-1]) if lists else ():
         y0, x0, y1, x1 = (min(1000.0, max(0.0, float(v))) for v in match.groups())
         box = [min(y0, y1), min(x0, x1), max(y0, y1), max(x0, x1)]
         if box[0] < box[2] and box[1] < box[3] and box not in boxes:
             boxes.append(box)
-    return boxes, not (boxes or lists and EMPTY_LIST.fullmatch(lists[-1]))
+    says_none = bool(lists) and EMPTY_LIST.fullmatch(lists[-1])
+    return boxes, not (boxes or says_none)
+
+
+class ListCloses(StoppingCriteria):
+    """End a reply where its first JSON list of boxes closes: a base model knows no end of turn, and
+    would go on with turns of its own. start: where the replies begin."""
+
+    def __init__(self, tokenizer, start):
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, ids, scores, **_):
+        replies = self.tokenizer.batch_decode(ids[:, self.start:])
+        return torch.tensor([list_has_closed(reply) for reply in replies], device=ids.device)
+
+
+def list_has_closed(reply):
+    """Whether a list of boxes in a reply is complete."""
+    return any(part.startswith("[") and part.count("[") == part.count("]")
+               for part in box_lists(reply))
 
 
 # ---- demonstrations -----------------------------------------------------------------------------
@@ -195,7 +305,7 @@ def with_boxes(rows):
     return [row for row in boxed if row["regions"]]
 
 
-def count(rows):
+def count_phrases(rows):
     """Phrases of manifest rows."""
     return sum(len(row["regions"]) for row in rows)
 
@@ -220,558 +330,694 @@ def top_triplets(queries, query_emb, rows, image_emb, k):
     cos(E_I(I), E_I(I_p)), best first, an image's own in their order; and what was left out of it.
 
     query_emb: (Q, D), image_emb: (N, D), unit length. -> Q lists of triplets, Q sets of indices."""
-    own = leave_one_out(queries, rows)
+    own, found = leave_one_out(queries, rows), []
     n = min(len(rows), k + max(map(len, own)))                 # an image has a triplet or more
     similarity, index = retrieve.top_k(query_emb, image_emb, n)                    # (Q, n)
-    found = [[{"image": rows[i]["image"], "path": rows[i]["path"], **region, "similarity": s}
-              for i, s in zip(*ranked) if i not in left_out for region in rows[i]["regions"]][:k]
-             for *ranked, left_out in zip(index.tolist(), similarity.tolist(), own)]
+    for best, cosines, left_out in zip(index.tolist(), similarity.tolist(), own):
+        found.append([{"image": rows[i]["image"], "path": rows[i]["path"], **region,
+                       "similarity": cosine}
+                      for i, cosine in zip(best, cosines) if i not in left_out
+                      for region in rows[i]["regions"]][:k])
     return found, own
 
 
-def find_demonstrations(args, encoder, queries, query_emb):
-    """max(k) triplets of each query from train and val of --pool; says what was left out."""
-    source, k = args.pool or args.data, max(args.k)
+def find_demonstrations(encoder, queries, query_emb, source, k):
+    """k triplets of each query from train and val of the pool; prints what was left out.
+
+    source: the pool's manifest or folder. Raises InputError if it has no boxes."""
     rows = with_boxes(row for row in data.read_manifest(source) if row["split"] != "test")
     if not rows:
-        raise IclError(f"{source}: no phrase with boxes in its splits train and val, the pool of "
-                       "demonstrations; name another manifest with --pool")
+        raise InputError(f"{source}: no phrase with boxes in its splits train and val, the pool of "
+                         "demonstrations; name another manifest with --pool")
     image_emb = retrieve.image_embeddings(encoder, source, rows)
     found, own = top_triplets(queries, query_emb, rows, image_emb, k)
-    retrieve.say(f"pool of {encoder.source}: {len(rows):,} images with {count(rows):,} triplets of "
-                 f"{source}, train and val; leave-one-out: {sum(map(bool, own)):,} of "
-                 f"{len(queries):,} query images have themselves or their patient there, "
-                 f"{sum(map(len, own)):,} pool images were kept from them")
+    say(f"pool of {encoder.source}: {len(rows):,} images with {count_phrases(rows):,} triplets of "
+        f"{source}, train and val; leave-one-out: {sum(map(bool, own)):,} of {len(queries):,} "
+        f"query images have themselves or their patient there, {sum(map(len, own)):,} pool images "
+        "were kept from them")
     if (fewest := min(map(len, found))) < k:
-        retrieve.say(f"note: --k {k}, but the pool has only {fewest} triplets for an image")
+        say(f"note: --k {k}, but the pool has only {fewest} triplets for an image")
     return found
 
 
-# ---- the LVLM: same answers as one call per phrase, at a fraction of the cost -------------------
+# ---- b = LVLM(I, s | C) (Sec. 2.0.2): a Gemma 3, greedy -----------------------------------------
 
-def load_lvlm(source, device, dtype):
-    """A Gemma 3 family id or folder -> (model, processor). Raises IclError if it cannot be had."""
-    options = where_to_look(source)
-    try:
-        kind = AutoConfig.from_pretrained(source, **options).model_type
-        if kind != "gemma3":
-            raise ValueError(f"it is a {kind} model; wanted gemma3, with images")
-        processor = Gemma3Processor.from_pretrained(source, **options)
-        model, info = Gemma3ForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options)
-        if missing := info["missing_keys"]:
-            raise ValueError(f"{len(missing)} weights are missing, {min(missing)} for one")
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-        cure = ("wanted a folder as save_pretrained writes it, with weights, tokenizer and "
-                "processor" if Path(source).exists() else
-                f"accept its terms at https://huggingface.co/{source} and run `hf auth login`, or "
-                "give a local folder with --lvlm DIR")
-        raise IclError(f"--lvlm {source}: cannot be loaded ({reason}); {cure}; "
-                       "--lvlm lofi or --lvlm nearest work without it")
+def load_lvlm(source, device, dtype, hint):
+    """A Gemma 3 id or folder -> (model, processor); of a text model, (model, tokenizer).
+
+    Raises InputError; hint: what works without it."""
+    kind = load_pretrained(AutoConfig, source, hint).model_type
+    if kind == "gemma3_text":
+        cls, processor = Gemma3ForCausalLM, find_tokenizer(source)
+        if processor is None:
+            raise InputError(f"{source}: it has no tokenizer; expected the one it was trained with")
+    else:
+        cls, processor = (Gemma3ForConditionalGeneration,
+                          load_pretrained(Gemma3Processor, source, hint))
+    model = load_pretrained(cls, source, hint, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval(), processor
 
 
 class InContext:
-    """b = LVLM(I, s | C) (Sec. 2.0.2) for all phrases s of an image at once.
+    """A grounder: b = LVLM(I, s | C), by `plain`, or by `fast`, whose replies are the same.
 
-    Demonstrations and query image are prefilled once an image; the phrases decode as one batch on
-    the repeated cache; an image passes the vision tower once, while feature_cache_gb (CPU memory)
-    holds its features. Greedy."""
+    blind: the images are left out, as for a text model. feature_cache_gb: CPU memory for the
+    features of pool images, each of which passes the vision tower once while it lasts."""
 
-    def __init__(self, model, processor, order="similar-last", max_new_tokens=512, batch_size=16,
-                 feature_cache_gb=8.0):
-        self.model, self.processor, self.order = model, processor, order
+    def __init__(self, model, processor, order="similar-last", blind=False, plainly=False,
+                 max_new_tokens=512, batch_size=16, feature_cache_gb=8.0):
+        self.model, self.processor, self.order, self.plainly = model, processor, order, plainly
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.blind = blind or self.tokenizer is processor
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.budget, self.features = feature_cache_gb * 1e9, {}    # {path: (tokens, H)}, old first
-        self.image_token = model.config.image_token_id
-        self.window = model.config.get_text_config().sliding_window
-        if self.image_token != processor.tokenizer.image_token_id:
-            raise IclError(f"image token {self.image_token} in the model's config, "
-                           f"{processor.tokenizer.image_token_id} in its tokenizer: they do not "
-                           "belong together")
+        self.is_base = not processor.chat_template
+        if self.is_base:
+            processor.chat_template = CHAT_TEMPLATE
+        if not self.blind and model.config.image_token_id != self.tokenizer.image_token_id:
+            raise InputError(f"image token {model.config.image_token_id} in the model's config, "
+                             f"{self.tokenizer.image_token_id} in its tokenizer: they do not "
+                             "belong together")
 
-    def encode(self, paths, batch_size=8):
-        """Films through the vision tower and projector -> [(tokens, H), ...] on the CPU."""
-        features = []
-        for i in range(0, len(paths), batch_size):
-            films = retrieve.ahead(lambda path: pad_to_square(data.load_image(path)),
-                                   paths[i:i + batch_size], workers=8)
-            pixels = self.processor.image_processor([[film] for film in films], return_tensors="pt",
-                                                    do_pan_and_scan=False)["pixel_values"]
-            pixels = pixels.to(self.model.device, self.model.dtype)                # (b, 3, S, S)
-            made = self.model.get_image_features(pixels).pooler_output.cpu()       # (b, tokens, H)
-            features += [image.clone() for image in made]      # so that each is freed by itself
-        return features
+    def chat(self, path, phrase, demonstrations):
+        """The prompt as chat messages; a phrase of hundreds of words is cut."""
+        cut = functools.partial(data.cut_text, self.tokenizer)
+        demonstrations = [{**triplet, "phrase": cut(triplet["phrase"])}
+                          for triplet in demonstrations]
+        return turns(path, cut(phrase), demonstrations, self.order, self.blind)
+
+    def generate(self, input_ids, **inputs):
+        """Greedy decoding by transformers -> ids of the replies (n, new), padding behind their end.
+        """
+        start = input_ids.shape[1]
+        stop = [ListCloses(self.tokenizer, start)] if self.is_base else []
+        ids = self.model.generate(
+            input_ids=input_ids, **inputs, do_sample=False, top_k=None, top_p=None,
+            max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList(stop))
+        return ids[:, start:]
+
+    @torch.inference_mode()
+    def plain(self, path, phrase, demonstrations):
+        """The definition: the chat with its images through the processor, one `generate` a phrase.
+        -> ids of the reply"""
+        chat = self.chat(path, phrase, demonstrations)
+        for item in (item for message in chat for item in message["content"]):
+            if item["type"] == "image":
+                item["image"] = pad_to_square(data.load_image(item["image"]))
+        inputs = self.processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        return self.generate(**inputs.to(self.model.device))[0].tolist()
+
+    # ---- the same replies, faster: the ICL overhead that Sec. 4 names ---------------------------
+
+    @torch.inference_mode()
+    def fast(self, path, phrases, demonstrations):
+        """All phrases of an image: their prompts share instruction, demonstrations and image, which
+        are prefilled once; then the phrases decode as one batch. -> lists of ids"""
+        chats = [self.chat(path, phrase, demonstrations) for phrase in phrases]
+        prompts = [chat_ids(self.processor, chat) for chat in chats]
+        # The longest common prefix of whole prompts, so nothing depends on how the tokenizer merges
+        # a phrase with what precedes it; at least one token is left to predict from.
+        start = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+        features = self.image_features(images_of(chats[0]))
+        prefix, ids = DynamicCache(), torch.tensor([prompts[0][:start]], device=self.model.device)
+        self.model(input_ids=ids, past_key_values=prefix, use_cache=True, logits_to_keep=1,
+                   **self.vision_inputs(ids, 0, features))
+        return [reply for i in range(0, len(prompts), self.batch_size)
+                for reply in self.decode(prefix, start, prompts[i:i + self.batch_size], features)]
+
+    def decode(self, prefix, start, prompts, features):
+        """Continue the cache of a prefix of `start` tokens with n prompts -> n lists of ids.
+
+        The prompts are padded on the left, so that they end together and places in the cache differ
+        as places in the prompt do: the sliding window counts them. So each row takes the prefix
+        moved right by its padding, and computes the prefix's last tokens again."""
+        pad, length = self.tokenizer.pad_token_id, max(map(len, prompts))
+        shifts = [length - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(shifts, prompts)],
+                           device=self.model.device)                               # (n, length)
+        place = torch.arange(length, device=ids.device)
+        mask = place >= torch.tensor(shifts, device=ids.device)[:, None]           # (n, length)
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        for i, layer in enumerate(prefix.layers):              # (1, heads, start, width) each
+            keys, values = (torch.cat([x.roll(n, dims=2) for n in shifts])
+                            for x in (layer.keys, layer.values))
+            cache.update(keys, values, i)                      # sliding layers keep their window
+        return self.generate(ids, attention_mask=mask.long(), past_key_values=cache,
+                             **self.vision_inputs(ids, start, features)).tolist()
+
+    def vision_inputs(self, ids, start, features):
+        """What a forward pass over the ids (n, length) from `start` on needs for its images.
+
+        An image token sees the whole of its image, which token_type_ids carries for the whole
+        prompt. features: (image tokens, H) of the prompt, or None; each row takes its last ones."""
+        if features is None:
+            return {}
+        is_image = ids == self.model.config.image_token_id
+        counts = is_image[:, start:].sum(1).tolist()
+        seen = torch.cat([features[len(features) - n:] for n in counts])
+        return {"token_type_ids": is_image.long(),
+                "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=seen)}}
 
     def image_features(self, paths):
-        """Features of a prompt's images, (images, tokens, H); all but the last, which is the query,
-        are kept for prompts to come, the oldest making way."""
+        """Features of a prompt's images, (image tokens, H), None without; all but the last, which
+        is the query, are kept for prompts to come, while the budget lasts."""
+        if not paths:
+            return None
         found = {path: self.features[path] for path in paths if path in self.features}
         new = [path for path in paths if path not in found]
         found.update(zip(new, self.encode(new)))
         self.features.update((path, found[path]) for path in paths[:-1])
         size = found[paths[-1]].nbytes
         while len(self.features) * size > self.budget:
-            del self.features[next(iter(self.features))]
-        return torch.stack([found[path] for path in paths]).to(self.model.device)
+            del self.features[next(iter(self.features))]       # the oldest
+        return torch.cat([found[path] for path in paths]).to(self.model.device)
 
-    def prefill(self, ids, features):
-        """Run a prefix (list of ids, all images in it) -> its cache. Image tokens see the whole of
-        their image: token_type_ids carries that."""
-        ids = torch.tensor([ids], device=self.model.device)                        # (1, prefix)
-        cache = DynamicCache(config=self.model.config.get_text_config())
-        self.model(input_ids=ids, token_type_ids=(ids == self.image_token).long(),
-                   mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
-                   past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
+    def encode(self, paths):
+        """Images through the vision tower and projector -> [(tokens, H), ...] on the CPU."""
+        features = []
+        with ThreadPoolExecutor(8) as pool:
+            for some in chunks(paths, 8):
+                images = pool.map(lambda path: pad_to_square(data.load_image(path)), some)
+                pixels = self.processor.image_processor(
+                    [[image] for image in images], return_tensors="pt",
+                    do_pan_and_scan=False)["pixel_values"]                         # (8, 3, S, S)
+                pixels = pixels.to(self.model.device, self.model.dtype)
+                encoded = self.model.get_image_features(pixels).pooler_output.cpu()
+                features += [image.clone() for image in encoded]   # each is freed by itself
+        return features
 
-    def masks(self, kept, start, position, key_position):
-        """Who sees whom, by place in its own prompt: {layer type: (n, 1, queries, keys) bool}.
+    # ---- a grounder -----------------------------------------------------------------------------
 
-        By place, not by index in the cache: the gap between the prefix and a short phrase must not
-        count towards the sliding window. kept: {layer type: prefix keys its cache holds}."""
-        masks = {}
-        for kind, n_kept in kept.items():
-            prefix = torch.arange(start - n_kept, start, device=position.device)
-            keys = torch.cat([prefix.expand(len(position), -1), key_position], 1)  # (n, keys)
-            distance = position[:, None, :, None] - keys[:, None, None, :]
-            masks[kind] = distance >= 0
-            if kind == "sliding_attention":
-                masks[kind] &= distance < self.window
-        return masks
+    def __call__(self, rows, found):
+        """Rows of the manifest and the triplets of each -> rows of the predictions file."""
+        predictions = []
+        for row, triplets in zip(rows, found):
+            phrases = [region["phrase"] for region in row["regions"]]
+            if self.plainly:
+                ids = [self.plain(row["path"], phrase, triplets) for phrase in phrases]
+            else:
+                ids = self.fast(row["path"], phrases, triplets)
+            replies = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for region, reply in zip(row["regions"], replies):
+                in_square, malformed = parse_boxes(reply)
+                boxes = boxes_from_yxyx_1000(in_square, image_shape(row["path"]))
+                if in_square and not boxes:                    # all boxes lie in the padding
+                    malformed = True
+                predictions.append(prediction(row, region, boxes, malformed, reply))
+        return predictions
 
-    def decode(self, prefix, start, suffixes):
-        """Continue a prefix of `start` tokens with n suffixes as a batch -> n lists of new ids."""
-        device, eos = self.model.device, self.model.generation_config.eos_token_id
-        eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=device)
-        pad, length = self.processor.tokenizer.pad_token_id, max(map(len, suffixes))
-        ids = torch.tensor([[pad] * (length - len(s)) + s for s in suffixes], device=device)
-        real = torch.tensor([[0] * (length - len(s)) + [1] * len(s) for s in suffixes],
-                            device=device).bool()                                  # (n, suffix)
-        position = start + real.cumsum(1) - 1
-        key_position = position.where(real, torch.iinfo(torch.long).max // 2)      # pads: unseen
-        cache, kept = DynamicCache(), {}                       # plain layers: nothing slides away
-        types = self.model.config.get_text_config().layer_types
-        for i, (kind, layer) in enumerate(zip(types, prefix.layers)):
-            cache.update(layer.keys.expand(len(ids), -1, -1, -1),
-                         layer.values.expand(len(ids), -1, -1, -1), i)
-            kept[kind] = layer.keys.shape[2]
-        replies, finished = [], torch.zeros(len(ids), dtype=torch.bool, device=device)
-        while len(replies) < self.max_new_tokens and not finished.all():
-            masks = self.masks(kept, start, position, key_position)
-            logits = self.model(input_ids=ids, position_ids=position, attention_mask=masks,
-                                past_key_values=cache, logits_to_keep=1).logits[:, -1]
-            token = logits.argmax(-1).masked_fill(finished, pad)                   # (n,)
-            replies.append(token)
-            finished |= torch.isin(token, eos)
-            ids, position = token[:, None], position[:, -1:] + 1
-            key_position = torch.cat([key_position, position], 1)
-        return torch.stack(replies, 1).tolist()
+    def shown_prompt(self, path, phrase, demonstrations):
+        """The prompt as text; image tokens are counted instead of repeated."""
+        chat = self.chat(path, phrase, demonstrations)
+        text = chat_text(self.processor, chat)
+        if self.blind:
+            return text
+        images = iter(images_of(chat))
+        token, n = self.tokenizer.image_token, self.processor.image_seq_length
 
-    @torch.inference_mode()
-    def generate(self, path, phrases, demonstrations):
-        """The ids of the answers to several phrases on one image, as rows with padding behind."""
-        chats = [turns(path, phrase, demonstrations, self.order) for phrase in phrases]
-        prompts = [chat_ids(self.processor, chat) for chat in chats]
-        # the longest common prefix of whole prompts: nothing hangs on where a tokenizer merges
-        start = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        prefix = self.prefill(prompts[0][:start], self.image_features(images_of(chats[0])))
-        suffixes = [prompt[start:] for prompt in prompts]
-        return [row for i in range(0, len(suffixes), self.batch_size)
-                for row in self.decode(prefix, start, suffixes[i:i + self.batch_size])]
-
-    def __call__(self, query, phrases, demonstrations):
-        """A grounder: row, phrases, triplets -> [(boxes, malformed, raw reply), ...]."""
-        answers, size = [], film_size(query["path"])
-        ids = self.generate(query["path"], phrases, demonstrations)
-        for reply in self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True):
-            boxes_yxyx_1000, malformed = parse_boxes(reply)
-            boxes = boxes_from_yxyx_1000(boxes_yxyx_1000, size)
-            # boxes that lie beside the film, all of them, are no answer either
-            answers.append((boxes, malformed or len(boxes) < min(1, len(boxes_yxyx_1000)), reply))
-        return answers
+        def block(_):
+            return self.processor.full_image_sequence.replace(
+                token * n, f"{token} x {n}: {next(images)}")
+        return re.sub(re.escape(self.processor.boi_token), block, text)
 
 
-# ---- grounders that need no download ------------------------------------------------------------
-# A grounder is a function: row, its phrases, their triplets -> [(boxes, malformed, raw), ...].
+# ---- other grounders ----------------------------------------------------------------------------
+# A grounder is a function: rows of the manifest, the triplets of each -> rows of predictions.
 
-def lofi_grounder(model):
-    """LoFi's own decoder (Table 4): one vision pass an image, its phrases as one batch."""
-    def ground(query, phrases, _):
-        prompts = [data.GROUNDING_PROMPT.format(phrase=phrase) for phrase in phrases]
-        return [(*data.text_to_boxes(reply), reply)
-                for reply in model.ask(query["path"], prompts, ANSWER_TOKENS)]
-    return ground
+def chunks(items, n):
+    """A list in pieces of n, the last one shorter."""
+    return [items[i:i + n] for i in range(0, len(items), n)]
+
+
+def prediction(row, region, boxes, malformed, raw, score=None):
+    """A row of the predictions file."""
+    return {"image": row["image"], "phrase": region["phrase"], "boxes": region["boxes"],
+            "pred": boxes, "raw": raw, "malformed": malformed,
+            **({} if score is None else {"score": score})}
+
+
+IMAGES_AT_ONCE, PHRASES_AT_ONCE = 64, 128
+
+
+@torch.no_grad()
+def lofi_answers(model, rows):
+    """LoFi's own decoder (Table 4) on up to 64 images: one vision pass, phrases in batches."""
+    _, patches = model.encode_image([row["path"] for row in rows], with_patches=True)
+    visual = model.visual_tokens(patches)                                          # (B, V, H)
+    queries = [(i, region) for i, row in enumerate(rows) for region in row["regions"]]
+    predictions = []
+    for some in chunks(queries, PHRASES_AT_ONCE):
+        prompts = [data.GROUNDING_PROMPT.format(phrase=region["phrase"]) for _, region in some]
+        replies, scores = model.generate(visual[[i for i, _ in some]], prompts, ANSWER_TOKENS,
+                                         with_scores=True)
+        for (i, region), reply, score in zip(some, replies, scores):
+            boxes, malformed = data.text_to_boxes(reply)
+            predictions.append(prediction(rows[i], region, boxes, malformed, reply, score))
+    return predictions
+
+
+def lofi_predictions(model, rows):
+    """LoFi's grounding of a set (Table 4): of manifest rows, the phrases that have boxes."""
+    batches = chunks(with_boxes(rows), IMAGES_AT_ONCE)
+    bar = tqdm(batches, "ground", unit="batch", disable=rank_and_world()[0] > 0)
+    return [answer for batch in bar for answer in lofi_answers(model, batch)]
 
 
 def nearest_grounder(encoder):
     """Of the demonstrations, the boxes of the one whose phrase is closest by E_T, ties to the more
     similar image. Not in the paper: a floor under what the LVLM makes of its demonstrations."""
-    known = {}                                                 # {phrase: (D,)}
+    embeddings = {}                                            # {phrase: (D,)}
 
-    def ground(_, phrases, demonstrations):
-        others = {triplet["phrase"] for triplet in demonstrations}
-        if new := sorted({*phrases, *others} - known.keys()):
-            known.update(zip(new, retrieve.text_embeddings(encoder, new)))
-        answers = []
-        for phrase in phrases:
-            # one product a phrase, so that equal phrases tie exactly; max takes the first
-            closeness = {other: float(known[phrase] @ known[other]) for other in others}
-            best = max(demonstrations, key=lambda triplet: closeness[triplet["phrase"]])
-            answers.append((best["boxes"], False, f"{best['image']}: {best['phrase']}"))
-        return answers
+    def nearest(phrase, demonstrations):
+        new = {phrase, *(triplet["phrase"] for triplet in demonstrations)} - embeddings.keys()
+        if new:
+            embeddings.update(zip(sorted(new), retrieve.text_embeddings(encoder, sorted(new))))
+        # one product a phrase, so that equal phrases tie exactly; max takes the first
+        return max(demonstrations, key=lambda triplet: float(
+            embeddings[phrase] @ embeddings[triplet["phrase"]]))
+
+    def ground(rows, found):
+        predictions = []
+        for row, demonstrations in zip(rows, found):
+            for region in row["regions"]:
+                best = nearest(region["phrase"], demonstrations)
+                predictions.append(prediction(row, region, best["boxes"], False,
+                                              f"{best['image']}: {best['phrase']}"))
+        return predictions
     return ground
 
 
-def training_prior(args):
-    """phrase -> its median box in the training split of --data, blind to the image."""
-    rows = data.read_manifest(args.data)
-    return metrics.phrase_prior([row for row in rows if row["split"] == "train"])
+def prior_rows(predictions, training_rows):
+    """The phrase prior's answers to the queries of predictions; [] if no training row has a box."""
+    if not with_boxes(training_rows):
+        return []
+    prior = metrics.phrase_prior(training_rows)
+    return [{"image": row["image"], "phrase": row["phrase"], "boxes": row["boxes"],
+             "pred": prior(row["phrase"]), "malformed": False} for row in predictions]
 
 
-def build_grounder(args, encoder=None):
-    """--lvlm -> a grounder; nearest wants the encoder."""
-    if args.lvlm == "lofi":
-        return lofi_grounder(LoFi.from_pretrained(args.checkpoint, args.device))
-    if args.lvlm == "nearest":
-        return nearest_grounder(encoder)
-    if args.lvlm == "prior":
-        prior = training_prior(args)
-        return lambda _, phrases, __: [(prior(phrase), False, "") for phrase in phrases]
-    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
-    return InContext(*load_lvlm(args.lvlm, args.device, dtype), args.order, args.max_new_tokens,
-                     args.batch_size, args.feature_cache_gb)
+# ---- the picture of an answer -------------------------------------------------------------------
+
+YELLOW, GREEN = "#ffd21f", "#35e0c8"
+COLOURS = (YELLOW, "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
 
 
-def shown_prompt(ground, query, phrase, demonstrations):
-    """What a grounder is sent, as text; image tokens are counted instead of repeated."""
-    if not isinstance(ground, InContext):
-        return data.GROUNDING_PROMPT.format(phrase=phrase)
-    processor, messages = ground.processor, turns(query["path"], phrase, demonstrations,
-                                                  ground.order)
-    token, n, images = (processor.tokenizer.image_token, processor.image_seq_length,
-                        iter(images_of(messages)))
-    block = lambda _: processor.full_image_sequence.replace(token * n,
-                                                            f"{token} x {n}: {next(images)}")
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    return re.sub(re.escape(processor.boi_token), block, text)
+def dashed(pen, x0, y0, x1, y1, colour, dash=12):
+    """A rectangle of dashes, for the ground truth."""
+    for x in range(round(x0), round(x1), 2 * dash):
+        for y in (y0, y1):
+            pen.line((x, y, min(x + dash, x1), y), colour, 4)
+    for y in range(round(y0), round(y1), 2 * dash):
+        for x in (x0, x1):
+            pen.line((x, y, x, min(y + dash, y1)), colour, 4)
+
+
+def outcome(answer):
+    """What an answer says beside its boxes, in a few words."""
+    words = ("reply could not be read, no box" if answer["malformed"] else
+             "predicted" if answer["pred"] else "no box predicted")
+    return words + (f", score {answer['score']:.2f}" if "score" in answer else "")
+
+
+def overlay(image, answers, longest=768):
+    """An image and its answers, rows of the predictions file: predictions solid, ground truth
+    dashed, as in Figs. 2 and 3 -> PIL "RGB". image: grey, any size.
+
+    The labels stand below the image, so none hides a finding or another label; with several
+    phrases each has its colour."""
+    size = [max(1, round(n * longest / max(image.size))) for n in image.size]
+    font, lines = ImageFont.load_default(20), []                   # lines: (text, colour)
+    for n, answer in enumerate(answers):
+        colour = COLOURS[n % len(COLOURS)]
+        words = textwrap.wrap(answer["phrase"], max(12, size[0] // 11)) or [""]
+        lines += [(line, "white" if len(answers) == 1 else colour) for line in words]
+        lines.append((outcome(answer), colour))
+        if answer["boxes"]:
+            lines.append(("ground truth (dashed)", GREEN if len(answers) == 1 else colour))
+    sheet = Image.new("RGB", (size[0], size[1] + 26 * len(lines) + 12))
+    sheet.paste(image.resize(size), (0, 0))
+    pen = ImageDraw.Draw(sheet)
+    for n, answer in enumerate(answers):
+        colour = COLOURS[n % len(COLOURS)]
+        for box in answer["pred"]:
+            pen.rectangle([v * (n - 1) for v, n in zip(box, size * 2)], outline=colour, width=4)
+        for box in answer["boxes"]:
+            corners = [v * (n - 1) for v, n in zip(box, size * 2)]
+            dashed(pen, *corners, GREEN if len(answers) == 1 else colour)
+    for n, (text, colour) in enumerate(lines):
+        pen.text((8, size[1] + 6 + 26 * n), text, colour, font)
+    return sheet
 
 
 # ---- one image ----------------------------------------------------------------------------------
 
-YELLOW, GREEN = "#ffd21f", "#35e0c8"
+def find_query(image, phrase, source):
+    """A manifest row that asks one phrase of an image, with the boxes that the manifest has for it.
 
-
-def dashed(pen, x0, y0, x1, y1, dash=12):
-    """A rectangle of dashes, for the ground truth."""
-    for x in range(round(x0), round(x1), 2 * dash):
-        for y in (y0, y1):
-            pen.line((x, y, min(x + dash, x1), y), GREEN, 4)
-    for y in range(round(y0), round(y1), 2 * dash):
-        for x in (x0, x1):
-            pen.line((x, y, x, min(y + dash, y1)), GREEN, 4)
-
-
-def overlay(film, phrase, predicted, truth, longest=768):
-    """The film with its phrase below, predicted boxes solid and wanted ones dashed, as in Figs. 2
-    and 3 -> PIL "RGB". film: grey, any size."""
-    size = [max(1, round(n * longest / max(film.size))) for n in film.size]
-    words = textwrap.wrap(phrase, max(12, size[0] // 11))
-    sheet = Image.new("RGB", (size[0], size[1] + 26 * len(words) + 40))
-    sheet.paste(film.resize(size), (0, 0))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
-    corners = lambda box: [v * (n - 1) for v, n in zip(box, size * 2)]
-    for box in predicted:
-        pen.rectangle(corners(box), outline=YELLOW, width=4)
-    for box in truth:
-        dashed(pen, *corners(box))
-    pen.text((8, size[1] + 6), "\n".join(words), "white", font, spacing=4)
-    legend = "predicted" if predicted else "no box predicted"
-    below = size[1] + 26 * len(words) + 8
-    pen.text((8, below), legend, YELLOW, font)
-    if truth:
-        pen.text((28 + pen.textlength(legend, font), below), "ground truth (dashed)", GREEN, font)
-    return sheet
-
-
-def query_row(args):
-    """The manifest's row of --image, if it has one; else a row that knows no more than its path."""
-    rows, path = data.read_manifest(args.data) if args.data else [], Path(args.image).resolve()
-    return next((row for row in rows if Path(row["path"]).resolve() == path),
-                {"image": args.image, "path": args.image, "patient": None, "regions": []})
+    A file that the manifest does not know has no patient. source: a manifest, or None."""
+    row = data.find_row(data.read_manifest(source), image) if source else None
+    row = row or {"image": image, "patient": None, "regions": []}
+    truth = [box for region in row["regions"] if region["phrase"] == phrase
+             for box in region["boxes"]]
+    return {**row, "image": image, "path": image,
+            "regions": [{"phrase": phrase, "boxes": truth}]}
 
 
 def ground_image(args, ground):
     """Ground --phrase on --image and write the overlay -> what main prints as JSON."""
-    film, query, encoder, demonstrations = data.load_image(args.image), query_row(args), None, []
+    image, query = data.load_image(args.image), find_query(args.image, args.phrase, args.data)
+    encoder, demonstrations = None, []
     if args.retrieves:
-        encoder = retrieve.load_encoder(args.encoders[0], args.device)
-        with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):      # stdout is the answer's
-            query_emb = encoder.encode_image(args.image).cpu()                     # (1, D)
-            demonstrations = find_demonstrations(args, encoder, [query], query_emb)[0]
+        encoder = Encoder.load(args.encoders[0], args.device)
+        query_emb = encoder.encode_image(args.image).cpu()                         # (1, D)
+        [demonstrations] = find_demonstrations(encoder, [query], query_emb, args.pool, args.k[0])
     ground = ground or build_grounder(args, encoder)
     if args.show_prompt:
-        print(shown_prompt(ground, query, args.phrase, demonstrations))
-    [(boxes, malformed, raw)] = ground(query, [args.phrase], demonstrations)
-    truth = [box for region in query["regions"] if region["phrase"] == args.phrase
-             for box in region["boxes"]]
-    out = args.out or f"runs/{Path(args.image).stem}_grounded.png"
-    sheet = overlay(film, args.phrase, boxes, truth)
-    data.write_whole(out, lambda draft: sheet.save(draft, "PNG"))
-    pixels = [[round(v * n) for v, n in zip(box, film.size * 2)] for box in boxes]
-    return {"image": args.image, "phrase": args.phrase, "boxes": boxes, "pixels": pixels,
-            **({"ground_truth": truth} if truth else {}), "malformed": malformed, "raw": raw,
-            "lvlm": args.lvlm, "n_demonstrations": len(demonstrations), "overlay": out}
+        print(shown_prompt(ground, query, demonstrations))
+    [answer] = ground([query], [demonstrations])
+    if not answer["pred"]:
+        print(f"icl_ground.py: {outcome(answer)}, for {args.phrase!r:.100} on {args.image}",
+              file=sys.stderr)
+    sheet = overlay(image, [answer])
+    metrics.write_file(args.out, lambda draft: sheet.save(draft, "PNG"))
+    pixels = [[round(v * n) for v, n in zip(box, image.size * 2)] for box in answer["pred"]]
+    return {"image": args.image, "phrase": args.phrase, "boxes": answer["pred"], "pixels": pixels,
+            **({"ground_truth": answer["boxes"]} if answer["boxes"] else {}),
+            **({"score": answer["score"]} if "score" in answer else {}),
+            "malformed": answer["malformed"], "raw": answer["raw"], "lvlm": args.lvlm,
+            "n_demonstrations": len(demonstrations), "overlay": args.out}
 
 
 # ---- a set --------------------------------------------------------------------------------------
 
-def wait():
-    """Under torchrun: for the other ranks."""
+def prepare_file(out, settings):
+    """Cut off a line that a killed run left half written, and keep the settings beside the file.
+
+    Raises InputError if the rows that are there were made with other settings."""
+    beside = out.with_suffix(".settings.json")
+    if out.stat().st_size and beside.exists():
+        try:
+            before = dict(json.loads(beside.read_bytes()))
+        except (ValueError, TypeError):
+            raise InputError(f"{beside}: damaged, expected the settings that made {out.name}; "
+                             "delete both, or choose another --out")
+        other = {key: before.get(key) for key in settings if before.get(key) != settings[key]}
+        if other:
+            now = {key: settings[key] for key in other}
+            raise InputError(f"{out}: was made with {other}, now {now}; repeat the same flags, or "
+                             "choose another --out")
+    os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
+    metrics.write_json(beside, settings)
+
+
+def check_queries(out, asked, answered):
+    """Raise InputError if a predictions file answers what was not asked, or something twice."""
+    if extra := Counter(answered) - Counter(asked):
+        (image, phrase), _ = extra.most_common(1)[0]
+        raise InputError(f"{out}: {extra.total():,} of its rows were not asked for, or are there "
+                         f"twice ({phrase!r:.60} on {image}); choose another --out")
+
+
+def not_answered(rows, answered):
+    """Rows with those of their phrases that the predictions file does not have yet."""
+    left, rest = Counter(answered), []
+    for row in rows:
+        regions = []
+        for region in row["regions"]:
+            if left[row["image"], region["phrase"]]:
+                left[row["image"], region["phrase"]] -= 1
+            else:
+                regions.append(region)
+        rest.append({**row, "regions": regions})
+    return rest
+
+
+def ground_rows(rows, ground, found, out, settings):
+    """Ground each phrase of each row, appending to a predictions file what it does not have yet.
+
+    found: the triplets of each row. Under torchrun each rank takes its share of the images; rank 0
+    holds the file's lock. -> the rows of the file: the queries, once each. Raises InputError"""
+    (rank, n_ranks), name = rank_and_world(), out.name
+    asked = [(row["image"], region["phrase"]) for row in rows for region in row["regions"]]
+
+    def read():
+        wait_for_ranks()                                       # until all have written
+        predictions = metrics.read_predictions(out) if out.stat().st_size else []
+        answered = [(row["image"], row["phrase"]) for row in predictions]
+        check_queries(out, asked, answered)
+        wait_for_ranks()                                       # until all have read
+        return predictions, answered
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with metrics.lock(out) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            prepare_file(out, settings)
+        _, answered = read()
+        if answered:
+            say(f"{out}: {len(answered):,} phrases were done before, continuing")
+        jobs = [job for job in list(zip(not_answered(rows, answered), found))[rank::n_ranks]
+                if job[0]["regions"]]
+        pieces = chunks(jobs, 1 if isinstance(ground, InContext) else IMAGES_AT_ONCE)
+        with open(out, "ab", buffering=0) as file:
+            for piece in tqdm(pieces, name, unit="batch", disable=rank > 0):
+                answers = ground(*map(list, zip(*piece)))
+                # one write a piece: the ranks append to the same file
+                file.write("".join(json.dumps(answer) + "\n" for answer in answers).encode())
+        predictions, answered = read()
+    if missing := len(asked) - len(answered):
+        raise InputError(f"{out}: {missing:,} queries were not answered; run the same command again")
+    return predictions
+
+
+def wait_for_ranks():
+    """Under torchrun: wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def read_done(out, settings):
-    """Rows that an earlier run left in a predictions file; a line that a kill tore is cut off.
-
-    Raises IclError if they were made with other settings, which OUT.settings.json beside it has."""
-    beside, done = out.with_suffix(".settings.json"), []
-    if out.exists():
-        before = json.loads(beside.read_text()) if beside.exists() else settings
-        if other := {key: before.get(key) for key in settings if before.get(key) != settings[key]}:
-            now = {key: settings[key] for key in other}
-            raise IclError(f"{out}: was made with {other}, now {now}; go on with the same flags, "
-                           "or name another --out")
-        whole = out.read_bytes().rfind(b"\n") + 1
-        os.truncate(out, whole)
-        done = metrics.read_predictions(out) if whole else []
-    data.write_json(beside, settings)
-    return done
-
-
-def ground_rows(rows, ground, found, out, settings):
-    """Ground each boxed phrase of each row, an image at a time, and append to a predictions file
-    what it does not have yet. found: the triplets of each row.
-
-    Under torchrun each rank takes its share of the images; a write is whole, so they share the
-    file."""
-    (rank, n_ranks), jobs = retrieve.ranks(), []
-    done = Counter((row["image"], row["phrase"]) for row in read_done(out, settings))
-    if done:
-        retrieve.say(f"{out}: {done.total():,} phrases were done before, going on")
-    for row, triplets in list(zip(rows, found))[rank::n_ranks]:
-        regions = []
-        for region in row["regions"]:
-            key = row["image"], region["phrase"]
-            regions += [] if done[key] else [region]
-            done[key] -= done[key] > 0
-        if regions:
-            jobs.append((row, triplets, regions))
-    wait()                                                     # till all have read
-    n_malformed, bar = 0, tqdm(jobs, out.stem, unit="image", disable=rank > 0)
-    with open(out, "ab", buffering=0) as file:
-        for row, triplets, regions in bar:
-            lines = []
-            answers = ground(row, [region["phrase"] for region in regions], triplets)
-            for region, (boxes, malformed, raw) in zip(regions, answers):
-                n_malformed += malformed
-                lines.append(json.dumps({
-                    "image": row["image"], "phrase": region["phrase"], "boxes": region["boxes"],
-                    "pred": boxes, "raw": raw, "malformed": malformed}) + "\n")
-            file.write("".join(lines).encode())
-            bar.set_postfix(malformed=n_malformed, refresh=False)
-    wait()                                                     # till all have written
-
-
-def runs_of(args, rows, ground):
-    """For each encoder and k: yield (name, grounder, triplets of each row, file, settings); without
-    retrieval there is one."""
-    path, name = data.manifest_path(args.data).resolve(), Path(args.lvlm).name
-    out = Path(args.out or f"runs/{path.parent.name}_{args.split}_{name}.jsonl")
-    settings = {"lvlm": args.lvlm, "data": str(path), "split": args.split}
-    settings |= {"max_new_tokens": args.max_new_tokens} if isinstance(ground, InContext) else {}
-    if not args.retrieves:
-        settings |= {"checkpoint": args.checkpoint}
-        yield name, ground or build_grounder(args), [[]] * len(rows), out, settings
-        return
-    settings |= {"pool": str(Path(args.pool or args.data).resolve()), "order": args.order}
-    for source in args.encoders:
-        encoder = retrieve.load_encoder(source, args.device)
-        query_emb = retrieve.image_embeddings(encoder, args.data, rows)
-        found = find_demonstrations(args, encoder, rows, query_emb)
-        for k in args.k:
-            file = out
-            if len(args.encoders) * len(args.k) > 1:
-                part = re.sub(r"[^\w-]+", "_", source).strip("_")
-                file = out.with_stem(f"{out.stem}_{part}_k{k}")
-            yield (f"{name}, {source}, k={k}", ground or build_grounder(args, encoder),
-                   [triplets[:k] for triplets in found], file,
-                   {**settings, "encoder": source, "k": k})
-
-
-def prior_row(args, predictions):
-    """{"grounding": ..} of the phrase prior on the same queries; {} if no row trains it."""
-    try:
-        prior = training_prior(args)
-    except ValueError as error:
-        print(f"no row of the phrase prior: {error}")
-        return {}
-    return {"grounding": metrics.grounding_metrics(
-        [{**row, "pred": prior(row["phrase"]), "malformed": False} for row in predictions])}
-
-
 def ground_set(args, ground):
     """Ground the boxed phrases of a split with each encoder and k; print the rows of Table 2."""
-    began, results, files = time.time(), {}, []
-    every = data.read_manifest(args.data, args.split)
+    began, every = time.time(), data.read_manifest(args.data, args.split)
     rows = with_boxes(every)
     if not rows:
-        raise IclError(f"{args.data}: no phrase with boxes in split {args.split!r}, wanted rows "
-                       'with "regions"')
-    retrieve.say(f"{count(rows):,} phrases with boxes on {len(rows):,} images of {args.data}, "
-                 f"{args.split}; left out {count(every) - count(rows):,} phrases without")
-    for name, grounder, found, out, settings in runs_of(args, rows, ground):
-        if args.show_prompt:
-            phrase = rows[0]["regions"][0]["phrase"]
-            retrieve.say(shown_prompt(grounder, rows[0], phrase, found[0]))
-        start = time.time()
-        ground_rows(rows, grounder, found, out, settings)
-        predictions = metrics.read_predictions(out)
-        results[name] = {"grounding": metrics.grounding_metrics(predictions),
-                         "intervals": metrics.bootstrap(predictions), "n_images": len(rows),
-                         "seconds": round(time.time() - start, 1)}
-        files.append(str(out))
-    if retrieve.ranks()[0]:
+        raise InputError(f"{args.data}: no phrase with boxes in split {args.split!r}; expected "
+                         'rows with "regions"')
+    say(f"{count_phrases(rows):,} phrases with boxes on {len(rows):,} images of {args.data}, "
+        f"{args.split}; left out {count_phrases(every) - count_phrases(rows):,} phrases without")
+    results, files, out = {}, [], Path(args.out)
+    settings = {"lvlm": args.lvlm, "data": str(data.manifest_path(args.data).resolve()),
+                "split": args.split}
+    if isinstance(ground, InContext):
+        settings |= {"max_new_tokens": args.max_new_tokens, "blind": ground.blind}
+    if not args.retrieves:
+        settings["checkpoint"], files = args.checkpoint, [out]
+        results[args.name] = run_set(args, rows, ground or build_grounder(args), [[]] * len(rows),
+                                     out, settings)
+    for source in args.encoders if args.retrieves else ():
+        encoder = Encoder.load(source, args.device)
+        query_emb = retrieve.image_embeddings(encoder, args.data, rows)
+        found = find_demonstrations(encoder, rows, query_emb, args.pool, max(args.k))
+        settings |= {"pool": str(Path(args.pool).resolve()), "order": args.order, "encoder": source}
+        for k in args.k:
+            part = re.sub(r"[^\w-]+", "_", source).strip("_") + f"_k{k}"
+            several = len(args.encoders) * len(args.k) > 1
+            files.append(out.with_stem(f"{out.stem}_{part}") if several else out)
+            results[f"{args.name}, {source}, k={k}"] = run_set(
+                args, rows, ground or build_grounder(args, encoder),
+                [triplets[:k] for triplets in found], files[-1], {**settings, "k": k})
+    if rank_and_world()[0] > 0:
         return
-    prior = prior_row(args, predictions) if args.lvlm != "prior" else {}
-    print(f"\ngrounding of {count(rows):,} phrases, % [95 % interval over images]")
-    print(metrics.format_table({**results, **({"phrase prior": prior} if prior else {})}))
+    print(f"\ngrounding of {count_phrases(rows):,} phrases, % [95 % interval over images]")
+    *_, last = results.values()
+    print_grounding({**{name: result["grounding"] for name, result in results.items()},
+                     "phrase prior": last.get("prior")},
+                    {name: result["intervals"] for name, result in results.items()})
     for name, result in results.items():
         print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
-        result |= {"prior": prior["grounding"]} if prior else {}
+    if args.lvlm != "prior" and "prior" not in last:
+        print(f"no row of the phrase prior: {args.data} has no training row with boxes")
     if args.json:
-        data.write_json(args.json, results if len(results) > 1 else results[name])
-    print(f"\n{time.time() - began:.0f} s in all. Next: python metrics.py {' '.join(files)}")
+        metrics.write_json(args.json, results if len(results) > 1 else last)
+    print(f"\n{time.time() - began:.0f} s in all. Next: python metrics.py "
+          + shlex.join(map(str, files)))
 
 
-# ---- command line -------------------------------------------------------------------------------
+def run_set(args, rows, ground, found, out, settings):
+    """Ground a set once -> what --json holds of it."""
+    if args.show_prompt:
+        say(shown_prompt(ground, rows[0], found[0]))
+    start = time.time()
+    predictions = ground_rows(rows, ground, found, out, settings)
+    result = {"grounding": metrics.grounding_metrics(predictions),
+              "intervals": metrics.bootstrap(predictions), "n_images": len(rows),
+              "seconds": round(time.time() - start, 1)}
+    training = [row for row in data.read_manifest(args.data) if row["split"] == "train"]
+    if args.lvlm != "prior" and (prior := prior_rows(predictions, training)):
+        result["prior"] = metrics.grounding_metrics(prior)
+    return result
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nK demo")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what to ground: one image and phrase, or a set").add_argument
-    add("--image", metavar="FILE", help="a chest film of any mode")
-    add("--phrase", metavar="TEXT", help="the sentence to find on it")
-    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file: the set, and the "
-        "pool of demonstrations (default: what --checkpoint was trained on)")
-    add("--split", choices=data.SPLITS, default="test",
-        help="of --data, to ground (default: %(default)s)")
-    add("--out", metavar="FILE", help="of an image: the overlay, .png (default: "
-        "runs/IMAGE_grounded.png); of a set: the predictions, .jsonl, which a stopped run goes on "
-        "with (default: runs/DATA_SPLIT_LVLM.jsonl); several encoders or k: a file each, named "
-        "after them")
-    add("--json", metavar="PATH", help="also write a set's scores there, as fractions (default: "
-        "not written)")
 
-    add = parser.add_argument_group("demonstrations").add_argument
-    add("--checkpoint", default=retrieve.DEFAULT_RUN, metavar="RUN", help="run folder of train.py: "
-        "E_I, E_T, and the decoder of --lvlm lofi; or a SigLIP-family id or folder (default: "
-        "%(default)s)")
-    add("--encoders", nargs="+", metavar="RUN", help="several of these to retrieve with, in turn: "
-        "a row of Table 2 each (default: --checkpoint)")
-    add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations (image, "
-        "sentence, boxes) a query; Table 2: 20 40; 0: none, MedGemma's row of Table 3 (default: "
-        "40, the paper's best)")
-    add("--pool", metavar="PATH", help="another manifest for the demonstrations; they are always "
-        "of its train and val splits (default: --data)")
-    add("--order", choices=["similar-last", "similar-first"], default="similar-last",
-        help="of the demonstrations; not stated in the paper (default: %(default)s)")
+def print_grounding(results, intervals={}):
+    """Print Tables 2 to 4. results: {model: grounding_metrics(...) or None, which is left out};
+    intervals: {model: bootstrap(...)} of those that have one."""
+    print(metrics.grounding_table({
+        name: {"grounding": scores, **({"intervals": intervals[name]} if name in intervals else {})}
+        for name, scores in results.items() if scores}))
 
-    add = parser.add_argument_group("grounder").add_argument
-    add("--lvlm", default=MEDGEMMA, metavar="NAME", help="a Gemma 3 family id or folder; or lofi: "
-        "LoFi's own decoder (Table 4); nearest: the boxes of the demonstration whose phrase is "
-        "closest by E_T; prior: the phrase's median training box (default: %(default)s, which is "
-        "gated)")
-    add("--max-new-tokens", type=int, default=512, metavar="N",
-        help="of a reply; not stated in the paper (default: %(default)s)")
-    add("--show-prompt", action="store_true", help="print what is sent before the answer, image "
-        "tokens counted, not repeated; of a set, for its first phrase")
 
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of the LVLM; auto: bf16, or fp32 on a CPU (default: auto)")
-    add("--batch-size", type=int, default=16, metavar="N",
-        help="phrases of an image that decode at once (default: %(default)s)")
-    add("--feature-cache-gb", type=float, default=8, metavar="GB", help="CPU memory for image "
-        "features; MedGemma's take 1.3 MB an image in bf16; 0: keep none (default: %(default)s)")
-    return parser.parse_args()
-
+# ---- the command --------------------------------------------------------------------------------
 
 def check_args(args):
-    """Flags that cannot be. Raises IclError."""
+    """Reject invalid flags before anything is loaded. Raises InputError."""
     if (args.image is None) != (not (args.phrase or "").strip()):
-        raise IclError("--image and --phrase go together: one film, and the sentence to find on it")
+        raise InputError("--image and --phrase go together: one image, and the sentence to find on "
+                         "it")
     for name, least in dict(k=0, max_new_tokens=1, batch_size=1, feature_cache_gb=0).items():
         value = getattr(args, name)
-        if min(value if name == "k" else [value]) < least:
-            raise IclError(f"--{name.replace('_', '-')} {value}: wanted {least} or more")
+        if not min(value if name == "k" else [value]) >= least:            # NaN compares as False
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     if args.lvlm == "nearest" and 0 in args.k:
-        raise IclError("--lvlm nearest answers with a demonstration: wanted --k 1 or more")
+        raise InputError("--lvlm nearest answers with a demonstration: expected --k 1 or more")
     if args.lvlm in ("nearest", "prior") and args.show_prompt:
-        raise IclError(f"--show-prompt: --lvlm {args.lvlm} sends no prompt")
+        raise InputError(f"--show-prompt: --lvlm {args.lvlm} sends no prompt")
+    if args.lvlm in ("lofi", "nearest", "prior") and (args.blind or args.plain):
+        raise InputError(f"--blind and --plain are for a Gemma 3, not for --lvlm {args.lvlm}")
     if args.image and (len(args.k) > 1 or args.encoders and len(args.encoders) > 1):
-        raise IclError("--image takes one --k and one encoder; several are for a set")
-    wanted = ".png" if args.image else ".jsonl"
-    if args.out and Path(args.out).suffix != wanted:
-        raise IclError(f"--out {args.out}: wanted a {wanted} file")
+        raise InputError("--image takes one --k and one encoder; several are for a set")
+    expected = ".png" if args.image else ".jsonl"
+    if args.out and Path(args.out).suffix != expected:
+        raise InputError(f"--out {args.out}: expected a {expected} file")
     if args.json and args.image:
-        raise IclError("--json is for a set; the answer for an image is on stdout")
+        raise InputError("--json is for a set; the answer for an image is on stdout")
     if args.image:
         data.load_image(args.image)
     for path in filter(None, (args.data, args.pool)):
         data.manifest_path(path)
 
 
-def main():
-    args = parse_args()
-    check_args(args)
-    args.device = find_device(args.device)
-    if args.precision == "auto":
-        args.precision = "fp32" if args.device.type == "cpu" else "bf16"
+def choose_lvlm(checkpoint, asks_lvlm):
+    """--lvlm where it is not given: LoFi's own decoder for a miniature run, else MedGemma.
+
+    asks_lvlm: whether other flags make sense for an LVLM alone."""
+    if asks_lvlm or not is_run(checkpoint):
+        return MEDGEMMA
+    if json.loads(Path(checkpoint, "config.json").read_text()).get("preset") != "tiny":
+        return MEDGEMMA
+    print(f"icl_ground.py: {checkpoint} is a miniature run, so its own decoder answers (--lvlm "
+          f"lofi); to ask MedGemma, with demonstrations: --lvlm {MEDGEMMA}", file=sys.stderr)
+    return "lofi"
+
+
+def build_grounder(args, encoder=None):
+    """--lvlm -> a grounder. encoder: for nearest."""
+    if args.lvlm == "lofi":
+        model = LoFi.from_pretrained(args.checkpoint, args.device)
+        return lambda rows, _: lofi_answers(model, rows)
+    if args.lvlm == "nearest":
+        return nearest_grounder(encoder)
+    if args.lvlm == "prior":
+        prior = metrics.phrase_prior(row for row in data.read_manifest(args.data)
+                                     if row["split"] == "train")
+        return lambda rows, _: [prediction(row, region, prior(region["phrase"]), False, "")
+                                for row in rows for region in row["regions"]]
+    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
+    lvlm = "lofi" if is_run(args.checkpoint) else "nearest"
+    hint = "without it: python icl_ground.py " + shlex.join([*sys.argv[1:], "--lvlm", lvlm])
+    model, processor = load_lvlm(args.lvlm, args.device, dtype, hint)
+    return InContext(model, processor, args.order, args.blind, args.plain, args.max_new_tokens,
+                     args.batch_size, args.feature_cache_gb)
+
+
+def shown_prompt(ground, row, demonstrations):
+    """The prompt of a row's first phrase as text, of an LVLM or of LoFi."""
+    phrase = row["regions"][0]["phrase"]
+    if isinstance(ground, InContext):
+        return ground.shown_prompt(row["path"], phrase, demonstrations)
+    return data.GROUNDING_PROMPT.format(phrase=phrase)
+
+
+def check_outputs(args):
+    """Raise InputError if --out or --json would overwrite an input. A new file cannot."""
+    outputs = [Path(path) for path in (args.out, args.json) if path and Path(path).exists()]
+    if not outputs:
+        return
+    inputs = [args.image] if args.image else []
+    for source in {args.data, args.pool} - {None}:
+        inputs += [data.manifest_path(source), *(row["path"] for row in data.read_manifest(source))]
+    for source in {args.checkpoint, *args.encoders}:
+        inputs += [path for path in Path(source).glob("*") if path.is_file()]
+    for output in outputs:
+        metrics.check_output(output, inputs)
+
+
+def default_output(args):
+    """Where the overlay of an image or the predictions of a set go without --out."""
+    if args.image:
+        return f"runs/{Path(args.image).stem}_grounded.png"
+    folder = data.manifest_path(args.data).resolve().parent.name
+    blind = "_blind" if args.blind else ""
+    return f"runs/{folder}_{args.split}_{Path(args.lvlm).name}{blind}.jsonl"
+
+
+def fill_defaults(args):
+    """Fill in the defaults that depend on other flags, in place. Raises InputError.
+
+    What is missing is said in this order: a run, data, and only then an LVLM's weights."""
+    if args.lvlm is None:
+        asks_lvlm = args.encoders or args.pool or args.blind or args.plain
+        if not args.encoders:
+            retrieve.check_checkpoint(args.checkpoint)
+        args.lvlm = choose_lvlm(args.checkpoint, asks_lvlm)
     args.encoders = args.encoders or [args.checkpoint]
     args.retrieves = args.lvlm not in ("lofi", "prior") and max(args.k) > 0
-    # an LVLM first of all: its weights may not be had
-    ground = None if args.lvlm in ("nearest", "prior") else build_grounder(args)
+    for source in args.encoders if args.retrieves else []:
+        retrieve.check_checkpoint(source)
     if not args.data:
         try:
             args.data = retrieve.trained_on(args.checkpoint)
-        except retrieve.RetrieveError:
-            if args.retrieves or ground is None or not args.image:
+        except InputError:                                     # one image needs none for these
+            if args.retrieves or args.lvlm == "prior" or not args.image:
                 raise
-    if args.image:
-        answer = ground_image(args, ground)
-        print(json.dumps(answer))
-        print(f"wrote {answer['overlay']}; next, a set: python icl_ground.py --lvlm {args.lvlm} "
-              f"--checkpoint {args.checkpoint} --data {args.data or 'DIR'}", file=sys.stderr)
+    args.pool = args.pool or args.data
+    args.out = args.out or default_output(args)
+    args.device = find_device(args.device)
+    if args.precision == "auto":
+        args.precision = "fp32" if args.device.type == "cpu" else "bf16"
+
+
+def main(args=None):
+    args = args or parse_args()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    check_args(args)
+    fill_defaults(args)
+    check_outputs(args)
+    # an LVLM is loaded before the images are embedded: its weights may be missing
+    ground = None if args.lvlm in ("nearest", "prior") else build_grounder(args)
+    args.name = Path(args.lvlm).name
+    if getattr(ground, "blind", False):
+        args.name += " (blind)"
+    if not args.image:
+        join_processes()
+        ground_set(args, ground)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
-    retrieve.start_ranks()
-    ground_set(args, ground)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with contextlib.redirect_stdout(sys.stderr):               # stdout is for the JSON alone
+        answer = ground_image(args, ground)
+    print(json.dumps(answer))
+    print(f"wrote {args.out}; next, a set: python icl_ground.py --lvlm {args.lvlm} --checkpoint "
+          f"{args.checkpoint} --data {args.data or 'DIR'}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except (ValueError, OSError) as error:             # IclError, DataError, ModelError among them
-        sys.exit("icl_ground.py: " + (str(error).strip() or type(error).__name__).splitlines()[0])
+        main(ARGS)
+    except (InputError, OSError) as error:
+        sys.exit(f"icl_ground.py: {first_line(error)}")
     except torch.OutOfMemoryError:
         sys.exit("icl_ground.py: out of GPU memory; lower --k or --batch-size")
     except KeyboardInterrupt:
-        sys.exit("icl_ground.py: stopped; the same command goes on where it was")
+        sys.exit("icl_ground.py: stopped; the same command continues where it was")
