@@ -1422,7 +1422,7 @@ def prepare_ms_cxr(args):
     run.finish(rows, MS_CXR_PUBLISHED)
 
 
-# ---- converters: the COVID-19 image data collection (open; github.com/ieee8023) ------------------
+# ---- converters: the open COVID-19 image data collection (not in the paper) ----------------------
 
 COVID_VIEWS = ("PA", "AP", "AP Supine", "APS")
 LUNGS = {1: "Right lung.", 2: "Left lung."}                    # by the annotations' category
@@ -1431,7 +1431,6 @@ NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 
 def lung_pairs(path):
     """{file name: ([(phrase, boxes in pixels)], (width, height))} of the lung annotations (COCO).
-
     Of two boxes the patient's right lung is the one further left; a single one needs a category."""
     found, pairs = defaultdict(list), {}
     with open_text(path) as text:
@@ -1475,8 +1474,7 @@ def covid_rows(run, repo, lungs):
 
 
 def prepare_covid_cxr(args):
-    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv; not in the
-    paper."""
+    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
     run = Conversion(args)
     lungs = lung_pairs(args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json")
     rows = run.prepare_images(list(covid_rows(run, args.repo, lungs)))
