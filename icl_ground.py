@@ -990,6 +990,7 @@ def fill_defaults(args):
 def main(args=None):
     args = args or parse_args()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     check_args(args)
     fill_defaults(args)
