@@ -9,8 +9,8 @@
     train        train.py's loop against the bare step, the Trainer and the naive formulation
     paper        the paper's sizes with random weights: loop, bare step, memory, hours of 10 epochs
     hints        on the default run: does a box follow "left" and "right" in its phrase?
-    scores       on the default run: does the score tell a phrase that is there from one that is not?
-    ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each; over an hour, 2 cores
+    scores       on the default run: does the score tell the phrases of an image from others?
+    ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each; 40 minutes, 2 cores
 
 Machines are shared and differ, so a figure alone says little: compare the ratios.
 """
@@ -151,8 +151,8 @@ def icl_model():
     return model.to(torch.bfloat16 if gpu else torch.float32), processor, 48
 
 
-def icl_films(folder, n):
-    """n noisy films, each with one boxed phrase, as triplets."""
+def icl_images(folder, n):
+    """n noisy images, each with one boxed phrase, as triplets."""
     rng, triplets = np.random.default_rng(0), []
     for i in range(n):
         path = str(Path(folder, f"{i}.png"))
@@ -166,14 +166,17 @@ def bench_icl(n_queries=4, ks=(5, 10, 20)):
     """n_queries images with 4 phrases each and the same 20 demonstration images (the paper's test
     set meets each image of its pool about five times).
 
-    plain: one processor call and one generate a phrase, as in the tests. Then the parts of the fast
-    way, added one by one: image features kept; the prefix of an image prefilled once; its phrases
-    decoded as one batch. By k: seconds an image with the features at hand."""
+    plain: one processor call and one generate a phrase. Then the parts of the fast way, added one
+    by one: image features kept; the prefix of an image prefilled once; its phrases decoded as one
+    batch. By k: seconds an image with the features at hand."""
     import torch
-    from test_icl_ground import PHRASES, plain
+    from test_icl_ground import PHRASES
 
     from icl_ground import InContext
     model, processor, n_tokens = icl_model()
+
+    def lvlm(batch_size=16):
+        return InContext(model, processor, max_new_tokens=n_tokens, batch_size=batch_size)
 
     def timed(function, *args):
         if model.device.type == "cuda":
@@ -185,35 +188,33 @@ def bench_icl(n_queries=4, ks=(5, 10, 20)):
         return time.perf_counter() - start, result
 
     def plain_way(paths, found):
-        return [plain(model, processor, path, phrase, found, n_tokens)[0]
-                for path in paths for phrase in PHRASES]
+        ground = lvlm()
+        return [ground.plain(path, phrase, found) for path in paths for phrase in PHRASES]
 
-    def fast_way(paths, found, together=True, batch_size=16, ground=None):
-        ground = ground or InContext(model, processor, max_new_tokens=n_tokens,
-                                     batch_size=batch_size)
+    def fast_way(paths, found, ground, together=True):
         groups = [PHRASES] if together else [[phrase] for phrase in PHRASES]
         return [ids for path in paths for phrases in groups
-                for ids in ground.generate(path, phrases, found)]
+                for ids in ground.fast(path, phrases, found)]
 
     with tempfile.TemporaryDirectory() as folder:
-        triplets = icl_films(folder, max(ks) + n_queries)
+        triplets = icl_images(folder, max(ks) + n_queries)
         found, queries = triplets[:max(ks)], [t["path"] for t in triplets[max(ks):]]
-        fast_way(queries[:1], found[:1]), plain_way(queries[:1], found[:1])    # warm up
-        plain_s, wanted = timed(plain_way, queries, found)
-        kept_s, kept = timed(fast_way, queries, found, False)
-        prefix_s, prefix = timed(fast_way, queries, found, True, 1)
-        fast_s, fast = timed(fast_way, queries, found)
+        fast_way(queries[:1], found[:1], lvlm()), plain_way(queries[:1], found[:1])    # warm up
+        plain_s, expected = timed(plain_way, queries, found)
+        kept_s, _ = timed(fast_way, queries, found, lvlm(), False)
+        prefix_s, _ = timed(fast_way, queries, found, lvlm(batch_size=1))
+        fast_s, fast = timed(fast_way, queries, found, lvlm())
         figures = {"plain_seconds_per_image": plain_s / n_queries,
                    "fast_seconds_per_image": fast_s / n_queries, "speedup": plain_s / fast_s,
                    "speedup_by_features": plain_s / kept_s, "speedup_by_prefix": kept_s / prefix_s,
                    "speedup_by_batching": prefix_s / fast_s,
-                   "same_answers": float(np.mean([a == b for a, b in zip(fast, wanted)]))}
+                   "same_answers": float(np.mean([a == b for a, b in zip(fast, expected)]))}
         if model.device.type == "cuda":
             figures["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         for k in ks:
-            ground = InContext(model, processor, max_new_tokens=n_tokens)
-            fast_way(queries[:1], found[:k], ground=ground)
-            fast_s, _ = timed(lambda: fast_way(queries[1:2], found[:k], ground=ground))
+            ground = lvlm()
+            fast_way(queries[:1], found[:k], ground)
+            fast_s, _ = timed(fast_way, queries[1:2], found[:k], ground)
             plain_s, _ = timed(plain_way, queries[1:2], found[:k])
             figures |= {f"k{k}_fast_seconds_per_image": fast_s, f"k{k}_speedup": plain_s / fast_s}
     return figures
@@ -704,65 +705,45 @@ def bench_scores(run="runs/phantom", folder="runs/phantom_data"):
 
 # ---- ablate -------------------------------------------------------------------------------------
 
-# The default run's settings; without places 24 tokens hold a report.
-NO_PLACES = ["--data", "runs/phantom_no_places", "--preset", "tiny", "--augment", "0",
-             "--batch-size", "32"]
-ABLATIONS = {"s": ["--objectives", "s"], "sc": ["--objectives", "sc"], "scgd": [],
-             "scgd, lambda 1": ["--lambda", "1"], "scgd, lambda 10": ["--lambda", "10"],
-             "s, no places": [*NO_PLACES, "--objectives", "s"],
-             "sc, no places": [*NO_PLACES, "--objectives", "sc"], "scgd, no places": NO_PLACES}
+ABLATIONS = {"s": ["--objectives", "s"], "s, c": ["--objectives", "sc"], "s, c, g, d": [],
+             "lambda 1": ["--lambda", "1"], "lambda 10": ["--lambda", "10"]}
 COLUMNS = ["i2t R@1", "t2i R@1", "i2t R@10", "t2i R@10", "shared@5", "nearest Ro/L", "nearest F",
            "decoder F"]
 
 
-def without_places(source, folder):
-    """Write the phantom's manifest with reports that do not say where: side, zone and how the body
-    lies are left out. The phrases of the boxes stay whole."""
-    position = re.sub(r"\{\w+\}", r"\\w+", data.POSITION)
-    place = re.compile(r" in the \w+ \w+ zone| over the \w+ chest|\b(left|right) |\b\w+ zone |"
-                       + position + " ?")
-    rows = [json.loads(line) for line in open(Path(source, "manifest.jsonl"))]
-    for row in rows:
-        row |= {"image": str(Path(source, row["image"]).resolve()),
-                "report": place.sub("", row["report"]).strip()}
-    data.write_whole(Path(folder, "manifest.jsonl"), lambda draft: draft.write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)))
-
-
 def ablation_run(job):
     """Train on one thread, ground by the nearest of 20 demonstrations, look at the neighbours
-    -> COLUMNS, percent; NaN for a decoder that was not taught to ground. What is there already is
-    not done again."""
+    -> COLUMNS, percent; NaN for a decoder that was not taught to ground. A run that is there
+    already is not repeated."""
     flags, seed, steps, out = job
-    folder = NO_PLACES[1] if NO_PLACES[1] in flags else "runs/phantom_data"
-    use = ["--data", folder, "--checkpoint", out, "--device", "cpu", "--json"]
     runs = {out / "metrics.json": ["train.py", *flags, "--seed", str(seed), "--steps", str(steps),
-                                   "--device", "cpu", "--workers", "1", "--out", out],
-            out / "nearest.json": ["icl_ground.py", "--lvlm", "nearest", "--k", "20", "--out",
-                                   out / "nearest.jsonl", *use, out / "nearest.json"]}
+                                   "--workers", "1", "--out", out],
+            out / "nearest.json": ["icl_ground.py", "--lvlm", "nearest", "--k", "20", "--data",
+                                   "runs/phantom_data", "--checkpoint", out, "--out",
+                                   out / "nearest.jsonl", "--json", out / "nearest.json"]}
     for path, (script, *rest) in runs.items():
         if not path.exists():
-            done = subprocess.run([sys.executable, ROOT / script, *rest], capture_output=True,
-                                  text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            done = subprocess.run(
+                [sys.executable, ROOT / script, *rest, "--device", "cpu"], capture_output=True,
+                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if done.returncode:
                 sys.exit(f"{out}: {done.stderr.strip().splitlines()[-1]}")
     done, nearest = (json.loads(path.read_text()) for path in runs)
     nearest, taught = nearest["grounding"], "--objectives" not in flags
     return [100 * v for v in (done["i2t"]["R@1"], done["t2i"]["R@1"], done["i2t"]["R@10"],
-                              done["t2i"]["R@10"], bench_neighbours(out, folder)["shared@5"],
+                              done["t2i"]["R@10"],
+                              bench_neighbours(out, "runs/phantom_data")["shared@5"],
                               nearest["Ro/L"], nearest["F@0.5"],
                               done["grounding"]["F@0.5"] if taught else np.nan)]
 
 
-def bench_ablate(seeds=(0, 1, 2), steps=733, folder="runs/ablate"):
-    """Fig. 4 on the phantom, each run a third as long as the default one, then its objectives on
-    reports that name no places: mean and standard deviation over the seeds, percent. Interrupted,
-    it goes on with the runs that are not there yet."""
+def bench_ablate(seeds=(0, 1, 2), folder="runs/ablate"):
+    """Fig. 4 on the phantom, each run half as long as the default one: mean and standard deviation
+    over the seeds, percent. Interrupted, it continues with the runs that are not there yet."""
+    from model import PHANTOM
     if not Path("runs/phantom_data/manifest.jsonl").exists():
         data.make_phantom("runs/phantom_data")
-    without_places("runs/phantom_data", NO_PLACES[1])
-    jobs = [(flags, seed, steps,
-             Path(f"{folder}_{steps}_steps", f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"))
+    jobs = [(flags, seed, PHANTOM.steps // 2, Path(folder, f"{name.replace(', ', '')}_{seed}"))
             for name, flags in ABLATIONS.items() for seed in seeds]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = np.array(list(pool.map(ablation_run, jobs))).reshape(len(ABLATIONS), len(seeds), -1)
