@@ -572,7 +572,7 @@ def parts_of_a_step(model, optimizers, dataset, collate, batch, times=5):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-    parts = {"augment, collate (films in memory)": lambda: collate([dataset[key] for key in keys]),
+    parts = {"augment, collate (images in memory)": lambda: collate([dataset[key] for key in keys]),
              "vision tower": lambda: model.encode_image(
                  batch["image"], requires_grad=True).sum().backward(),
              "text tower": lambda: model.encode_text(
@@ -628,8 +628,8 @@ def paper_bare(folder, steps, batch_size):
 
 
 def bench_paper():
-    """The paper's sizes with random weights on films of 512 px: batches of 16 on a GPU, also with
-    --grad-checkpoint and --compile; on a CPU five steps of one film, the plain way alone."""
+    """The paper's sizes with random weights on images of 512 px: batches of 16 on a GPU, also with
+    --grad-checkpoint and --compile; on a CPU five steps of one image, the plain way alone."""
     import torch
     cuda = torch.cuda.is_available()
     batch_size, steps = (16, 30) if cuda else (1, 5)
@@ -659,7 +659,7 @@ def bench_paper():
 
 def bench_hints(run="runs/phantom", folder="runs/phantom_data"):
     """Each boxed test phrase that names a side, and the same with the other side: does LoFi's box
-    follow the words? Only one of the two findings is on the film."""
+    follow the words? Only one of the two findings is on the image."""
     from model import LoFi
     model, moved = LoFi.from_pretrained(run), []
     other = {"left": "right", "right": "left"}
@@ -676,8 +676,8 @@ def bench_hints(run="runs/phantom", folder="runs/phantom_data"):
                 moved.append(toward)                           # the patient's left: larger x
     return {"phrases with a side, both answered": len(moved),
             "box moves to the hinted side": float(np.mean(np.array(moved) > 0)),
-            "by more than a tenth of the film": float(np.mean(np.array(moved) > 0.1)),
-            "mean move, of the film's width": float(np.mean(moved))}
+            "by more than a tenth of the image": float(np.mean(np.array(moved) > 0.1)),
+            "mean move, of the image's width": float(np.mean(moved))}
 
 
 # ---- scores -------------------------------------------------------------------------------------
