@@ -41,9 +41,8 @@ def parse_args():
     add("--split", choices=["train", "val", "test"], default="test",
         help="of --data, to ground (default: %(default)s)")
     add("--out", metavar="FILE", help="of an image: the overlay, .png (default: "
-        "runs/IMAGE_grounded.png); of a set: the predictions, .jsonl, which a stopped run continues "
-        "(default: runs/DATA_SPLIT_LVLM.jsonl); several encoders or k: a file each, named after "
-        "them")
+        "runs/IMAGE_grounded.png); of a set: the predictions, .jsonl, where a stopped run goes on "
+        "(default: runs/DATA_SPLIT_LVLM.jsonl); several encoders or k: a file each, named by them")
     add("--json", metavar="PATH", help="also write a set's scores there, as fractions (default: "
         "not written)")
 
@@ -100,7 +99,6 @@ import shlex
 import textwrap
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -390,14 +388,18 @@ class InContext:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.blind = blind or self.tokenizer is processor
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.budget, self.features = feature_cache_gb * 1e9, {}    # {path: (tokens, H)}, old first
         self.is_base = not processor.chat_template
         if self.is_base:
             processor.chat_template = CHAT_TEMPLATE
-        if not self.blind and model.config.image_token_id != self.tokenizer.image_token_id:
-            raise InputError(f"image token {model.config.image_token_id} in the model's config, "
-                             f"{self.tokenizer.image_token_id} in its tokenizer: they do not "
-                             "belong together")
+        if self.blind:
+            return
+        config, image_token = model.config, self.tokenizer.image_token_id
+        if config.image_token_id != image_token:
+            raise InputError(f"image token {config.image_token_id} in the model's config, "
+                             f"{image_token} in its tokenizer: they do not belong together")
+        n_bytes = config.mm_tokens_per_image * config.text_config.hidden_size * model.dtype.itemsize
+        self.image_features = functools.lru_cache(int(feature_cache_gb * 1e9 / n_bytes))(
+            self.encode)
 
     def chat(self, path, phrase, demonstrations):
         """The prompt as chat messages; a phrase of hundreds of words is cut."""
@@ -440,7 +442,9 @@ class InContext:
         # The longest common prefix of whole prompts, so nothing depends on how the tokenizer merges
         # a phrase with what precedes it; at least one token is left to predict from.
         start = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        features = self.image_features(images_of(chats[0]))
+        images = images_of(chats[0])
+        features = images and torch.cat([self.image_features(image) for image in images]).to(
+            self.model.device)                                 # (image tokens, H)
         prefix, ids = DynamicCache(), torch.tensor([prompts[0][:start]], device=self.model.device)
         self.model(input_ids=ids, past_key_values=prefix, use_cache=True, logits_to_keep=1,
                    **self.vision_inputs(ids, 0, features))
@@ -471,8 +475,8 @@ class InContext:
         """What a forward pass over the ids (n, length) from `start` on needs for its images.
 
         An image token sees the whole of its image, which token_type_ids carries for the whole
-        prompt. features: (image tokens, H) of the prompt, or None; each row takes its last ones."""
-        if features is None:
+        prompt. features: (image tokens, H) of the prompt, or []; each row takes its last ones."""
+        if not len(features):
             return {}
         is_image = ids == self.model.config.image_token_id
         counts = is_image[:, start:].sum(1).tolist()
@@ -480,33 +484,13 @@ class InContext:
         return {"token_type_ids": is_image.long(),
                 "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=seen)}}
 
-    def image_features(self, paths):
-        """Features of a prompt's images, (image tokens, H), None without; all but the last, which
-        is the query, are kept for prompts to come, while the budget lasts."""
-        if not paths:
-            return None
-        found = {path: self.features[path] for path in paths if path in self.features}
-        new = [path for path in paths if path not in found]
-        found.update(zip(new, self.encode(new)))
-        self.features.update((path, found[path]) for path in paths[:-1])
-        size = found[paths[-1]].nbytes
-        while len(self.features) * size > self.budget:
-            del self.features[next(iter(self.features))]       # the oldest
-        return torch.cat([found[path] for path in paths]).to(self.model.device)
-
-    def encode(self, paths):
-        """Images through the vision tower and projector -> [(tokens, H), ...] on the CPU."""
-        features = []
-        with ThreadPoolExecutor(8) as pool:
-            for some in chunks(paths, 8):
-                images = pool.map(lambda path: pad_to_square(data.load_image(path)), some)
-                pixels = self.processor.image_processor(
-                    [[image] for image in images], return_tensors="pt",
-                    do_pan_and_scan=False)["pixel_values"]                         # (8, 3, S, S)
-                pixels = pixels.to(self.model.device, self.model.dtype)
-                encoded = self.model.get_image_features(pixels).pooler_output.cpu()
-                features += [image.clone() for image in encoded]   # each is freed by itself
-        return features
+    def encode(self, path):
+        """An image through the vision tower and projector -> (tokens, H) on the CPU."""
+        pixels = self.processor.image_processor(
+            pad_to_square(data.load_image(path)), return_tensors="pt",
+            do_pan_and_scan=False)["pixel_values"]                                 # (1, 3, S, S)
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        return self.model.get_image_features(pixels).pooler_output[0].cpu()
 
     # ---- a grounder -----------------------------------------------------------------------------
 
@@ -527,20 +511,6 @@ class InContext:
                     malformed = True
                 predictions.append(prediction(row, region, boxes, malformed, reply))
         return predictions
-
-    def shown_prompt(self, path, phrase, demonstrations):
-        """The prompt as text; image tokens are counted instead of repeated."""
-        chat = self.chat(path, phrase, demonstrations)
-        text = chat_text(self.processor, chat)
-        if self.blind:
-            return text
-        images = iter(images_of(chat))
-        token, n = self.tokenizer.image_token, self.processor.image_seq_length
-
-        def block(_):
-            return self.processor.full_image_sequence.replace(
-                token * n, f"{token} x {n}: {next(images)}")
-        return re.sub(re.escape(self.processor.boi_token), block, text)
 
 
 # ---- other grounders ----------------------------------------------------------------------------
@@ -598,15 +568,11 @@ def nearest_grounder(encoder):
         return max(demonstrations, key=lambda triplet: float(
             embeddings[phrase] @ embeddings[triplet["phrase"]]))
 
-    def ground(rows, found):
-        predictions = []
-        for row, demonstrations in zip(rows, found):
-            for region in row["regions"]:
-                best = nearest(region["phrase"], demonstrations)
-                predictions.append(prediction(row, region, best["boxes"], False,
-                                              f"{best['image']}: {best['phrase']}"))
-        return predictions
-    return ground
+    def answer(row, region, best):
+        return prediction(row, region, best["boxes"], False, f"{best['image']}: {best['phrase']}")
+    return lambda rows, found: [answer(row, region, nearest(region["phrase"], demonstrations))
+                                for row, demonstrations in zip(rows, found)
+                                for region in row["regions"]]
 
 
 def prior_rows(predictions, training_rows):
@@ -759,7 +725,7 @@ def ground_rows(rows, ground, found, out, settings):
 
     found: the triplets of each row. Under torchrun each rank takes its share of the images; rank 0
     holds the file's lock. -> the rows of the file: the queries, once each. Raises InputError"""
-    (rank, n_ranks), name = rank_and_world(), out.name
+    rank, n_ranks = rank_and_world()
     asked = [(row["image"], region["phrase"]) for row in rows for region in row["regions"]]
 
     def read():
@@ -780,14 +746,17 @@ def ground_rows(rows, ground, found, out, settings):
         jobs = [job for job in list(zip(not_answered(rows, answered), found))[rank::n_ranks]
                 if job[0]["regions"]]
         pieces = chunks(jobs, 1 if isinstance(ground, InContext) else IMAGES_AT_ONCE)
+        bar, n_malformed = tqdm(pieces, out.stem, unit="batch", disable=rank > 0), 0
         with open(out, "ab", buffering=0) as file:
-            for piece in tqdm(pieces, name, unit="batch", disable=rank > 0):
+            for piece in bar:
                 answers = ground(*map(list, zip(*piece)))
                 # one write a piece: the ranks append to the same file
                 file.write("".join(json.dumps(answer) + "\n" for answer in answers).encode())
+                n_malformed += sum(answer["malformed"] for answer in answers)
+                bar.set_postfix(malformed=n_malformed, refresh=False)
         predictions, answered = read()
     if missing := len(asked) - len(answered):
-        raise InputError(f"{out}: {missing:,} queries were not answered; run the same command again")
+        raise InputError(f"{out}: {missing:,} queries were not answered; run the command again")
     return predictions
 
 
@@ -799,7 +768,9 @@ def wait_for_ranks():
 
 def ground_set(args, ground):
     """Ground the boxed phrases of a split with each encoder and k; print the rows of Table 2."""
-    began, every = time.time(), data.read_manifest(args.data, args.split)
+    began, manifest = time.time(), data.read_manifest(args.data)
+    training = [row for row in manifest if row["split"] == "train"]
+    every = [row for row in manifest if row["split"] == args.split]
     rows = with_boxes(every)
     if not rows:
         raise InputError(f"{args.data}: no phrase with boxes in split {args.split!r}; expected "
@@ -813,8 +784,8 @@ def ground_set(args, ground):
         settings |= {"max_new_tokens": args.max_new_tokens, "blind": ground.blind}
     if not args.retrieves:
         settings["checkpoint"], files = args.checkpoint, [out]
-        results[args.name] = run_set(args, rows, ground or build_grounder(args), [[]] * len(rows),
-                                     out, settings)
+        results[args.name] = run_set(args, rows, training, ground or build_grounder(args),
+                                     [[]] * len(rows), out, settings)
     for source in args.encoders if args.retrieves else ():
         encoder = Encoder.load(source, args.device)
         query_emb = retrieve.image_embeddings(encoder, args.data, rows)
@@ -825,7 +796,7 @@ def ground_set(args, ground):
             several = len(args.encoders) * len(args.k) > 1
             files.append(out.with_stem(f"{out.stem}_{part}") if several else out)
             results[f"{args.name}, {source}, k={k}"] = run_set(
-                args, rows, ground or build_grounder(args, encoder),
+                args, rows, training, ground or build_grounder(args, encoder),
                 [triplets[:k] for triplets in found], files[-1], {**settings, "k": k})
     if rank_and_world()[0] > 0:
         return
@@ -844,7 +815,7 @@ def ground_set(args, ground):
           + shlex.join(map(str, files)))
 
 
-def run_set(args, rows, ground, found, out, settings):
+def run_set(args, rows, training, ground, found, out, settings):
     """Ground a set once -> what --json holds of it."""
     if args.show_prompt:
         say(shown_prompt(ground, rows[0], found[0]))
@@ -853,7 +824,6 @@ def run_set(args, rows, ground, found, out, settings):
     result = {"grounding": metrics.grounding_metrics(predictions),
               "intervals": metrics.bootstrap(predictions), "n_images": len(rows),
               "seconds": round(time.time() - start, 1)}
-    training = [row for row in data.read_manifest(args.data) if row["split"] == "train"]
     if args.lvlm != "prior" and (prior := prior_rows(predictions, training)):
         result["prior"] = metrics.grounding_metrics(prior)
     return result
@@ -931,15 +901,25 @@ def build_grounder(args, encoder=None):
 
 
 def shown_prompt(ground, row, demonstrations):
-    """The prompt of a row's first phrase as text, of an LVLM or of LoFi."""
+    """The prompt of a row's first phrase as text; image tokens are counted, not repeated."""
     phrase = row["regions"][0]["phrase"]
-    if isinstance(ground, InContext):
-        return ground.shown_prompt(row["path"], phrase, demonstrations)
-    return data.GROUNDING_PROMPT.format(phrase=phrase)
+    if not isinstance(ground, InContext):
+        return data.GROUNDING_PROMPT.format(phrase=phrase)
+    processor, chat = ground.processor, ground.chat(row["path"], phrase, demonstrations)
+    text, images = chat_text(processor, chat), iter(images_of(chat))
+    if ground.blind:
+        return text
+
+    def block(_):
+        token, n = processor.tokenizer.image_token, processor.image_seq_length
+        return processor.full_image_sequence.replace(token * n, f"{token} x {n}: {next(images)}")
+    return re.sub(re.escape(processor.boi_token), block, text)
 
 
 def check_outputs(args):
     """Raise InputError if --out or --json would overwrite an input. A new file cannot."""
+    if args.json and Path(args.json).resolve() == Path(args.out).resolve():
+        raise InputError(f"--json {args.json}: is --out as well; choose another file")
     outputs = [Path(path) for path in (args.out, args.json) if path and Path(path).exists()]
     if not outputs:
         return
@@ -950,15 +930,6 @@ def check_outputs(args):
         inputs += [path for path in Path(source).glob("*") if path.is_file()]
     for output in outputs:
         metrics.check_output(output, inputs)
-
-
-def default_output(args):
-    """Where the overlay of an image or the predictions of a set go without --out."""
-    if args.image:
-        return f"runs/{Path(args.image).stem}_grounded.png"
-    folder = data.manifest_path(args.data).resolve().parent.name
-    blind = "_blind" if args.blind else ""
-    return f"runs/{folder}_{args.split}_{Path(args.lvlm).name}{blind}.jsonl"
 
 
 def fill_defaults(args):
@@ -981,7 +952,12 @@ def fill_defaults(args):
             if args.retrieves or args.lvlm == "prior" or not args.image:
                 raise
     args.pool = args.pool or args.data
-    args.out = args.out or default_output(args)
+    if not args.out and args.image:
+        args.out = f"runs/{Path(args.image).stem}_grounded.png"
+    elif not args.out:
+        name = Path(args.lvlm).name + ("_blind" if args.blind else "")
+        folder = data.manifest_path(args.data).resolve().parent.name
+        args.out = f"runs/{folder}_{args.split}_{name}.jsonl"
     args.device = find_device(args.device)
     if args.precision == "auto":
         args.precision = "fp32" if args.device.type == "cpu" else "bf16"
