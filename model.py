@@ -84,7 +84,7 @@ from metrics import InputError, box_problem, first_line, write_file, write_json
 
 SIGLIP2_400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
                     num_attention_heads=16)
-TINY_TOWER = dict(hidden_size=128, intermediate_size=384, num_attention_heads=2, hidden_act="gelu")
+TINY_TOWER = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, hidden_act="gelu")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Config:
 PAPER = Config()
 TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, muon_lr=5, text_lr=0.3, scale_lr=10, warmup=0.08, weight_decay=0.05, steps=2200,
+    lr=1.2e-3, muon_lr=5, text_lr=0.3, scale_lr=10, warmup=0.02, weight_decay=0.05, steps=2200,
     epochs=None, batch_size=48, min_batches=6, n_regions=3, max_target=34, augment=0.65, cache=True,
     vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
@@ -304,6 +304,8 @@ def build_encoder(config, batch_size=None):
         words.token_embedding.weight.mul_(3)
         words.token_embedding.weight[config.text["pad_token_id"]].zero_()
         words.position_embedding.weight.mul_(0.2)
+    if not config.lora_rank:
+        zero_residual_branches(siglip.vision_model)
     return siglip
 
 
@@ -311,7 +313,18 @@ def build_llm(config):
     """The pretrained Gemma 3 text model, or one of the same class with random weights."""
     if config.llm:
         return load_pretrained(Gemma3ForCausalLM, config.llm, NO_WEIGHTS, dtype=torch.float32)
-    return Gemma3ForCausalLM(Gemma3TextConfig(**config.decoder))
+    llm = Gemma3ForCausalLM(Gemma3TextConfig(**config.decoder))
+    if not config.llm_lora_rank:
+        zero_residual_branches(llm)
+    return llm
+
+
+@torch.no_grad()
+def zero_residual_branches(part):
+    """Training from scratch starts faster where attention and MLP of each layer first add 0."""
+    for name, p in part.named_parameters():
+        if re.search(r"layers.*\.(out_proj|o_proj|fc2|down_proj)\.weight", name):
+            p.zero_()
 
 
 def find_tokenizer(source):

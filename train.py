@@ -67,7 +67,8 @@ def parse_args():
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of "
-        "autocast; auto: bf16, fp16 on a GPU without bf16, fp32 on a CPU (default: auto)")
+        "autocast; auto: bf16, fp16 on a GPU without bf16; on a CPU fp32, or bf16 for the tiny "
+        "preset if the CPU computes in it (default: auto)")
     add("--grad-checkpoint", action="store_true",
         help="recompute activations in the backward pass: less memory, about a third slower")
     add("--compile", action="store_true", help="torch.compile the layers of towers and LLM: "
@@ -147,14 +148,16 @@ def learning_rate(step, steps, config):
     return config.lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def choose_precision(name, device):
+def choose_precision(name, device, config):
     """--precision -> the autocast type; float32 means none."""
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":
         return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
                 else torch.float16)
-    return torch.float32
+    # the miniature, which trains from scratch, takes bfloat16 where the CPU computes in it
+    has_bf16 = not config.lora_rank and torch.cpu.get_capabilities().get("avx512_bf16")
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def build_optimizers(model, config):
@@ -705,7 +708,6 @@ def main(args=None):
     device = find_device(args.device)
     rank, world = join_processes(device)
     torch.manual_seed(args.seed)
-    precision = choose_precision(args.precision, device)
 
     # data
     path = args.data or phantom_folder(args.dry_run, rank)
@@ -735,7 +737,10 @@ def main(args=None):
     for part in (model.siglip, model.llm) if args.grad_checkpoint else ():
         part.gradient_checkpointing_enable({"use_reentrant": False})
 
-    # optimizer, schedule, checkpoint
+    # precision, optimizer, schedule, checkpoint
+    precision = choose_precision(args.precision, device, config)
+    if device.type == "cpu" and precision == torch.bfloat16:
+        torch.backends.cuda.enable_flash_sdp(False)            # slow backward pass on a CPU
     per_epoch = batches_per_epoch(len(rows), batch_size, args.objectives, world)
     limits = [config.steps, config.epochs and math.ceil(config.epochs * per_epoch
                                                         / args.accumulate)]
