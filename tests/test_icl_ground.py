@@ -178,11 +178,11 @@ def test_ids_are_those_of_the_processors_chat_template(processor, pool):
         for phrase in PHRASES:
             chat = turns(pool[-1]["path"], phrase, triplets_of(pool[:n]))
             ids = icl_ground.chat_ids(processor, chat)
-            wanted = plain_inputs(processor, chat)
-            assert ids == wanted["input_ids"][0].tolist()
+            inputs = plain_inputs(processor, chat)
+            assert ids == inputs["input_ids"][0].tolist()
             is_image = [i == processor.tokenizer.image_token_id for i in ids]
-            assert is_image == wanted["token_type_ids"][0].bool().tolist()
-            assert len(wanted["pixel_values"]) == len(icl_ground.images_of(chat)) == n + 1
+            assert is_image == inputs["token_type_ids"][0].bool().tolist()
+            assert len(inputs["pixel_values"]) == len(icl_ground.images_of(chat)) == n + 1
 
 
 def test_chat_is_demonstrations_most_similar_last_then_the_query(pool):
@@ -194,9 +194,9 @@ def test_chat_is_demonstrations_most_similar_last_then_the_query(pool):
         assert icl_ground.images_of(chat) == [pool[i]["path"] for i in (*images, 0)]
         asked = [item["text"] for message in chat if message["role"] == "user"
                  for item in message["content"] if item["type"] == "text"]
-        wanted = [region["phrase"] for i in images for region in pool[i]["regions"]] + ["A. 0"]
+        expected = [region["phrase"] for i in images for region in pool[i]["regions"]] + ["A. 0"]
         assert [text.replace("< ", "<").endswith(phrase)
-                for text, phrase in zip(asked, wanted, strict=True)] == [True] * 6
+                for text, phrase in zip(asked, expected, strict=True)] == [True] * 6
         assert [INSTRUCTION in text for text in asked] == [True] + [False] * 5
         assert [message["role"] for message in chat] == ["user", "assistant"] * 5 + ["user"]
         answers = [json.loads(message["content"][0]["text"]) for message in chat[1::2]]
@@ -207,15 +207,15 @@ def test_chat_is_demonstrations_most_similar_last_then_the_query(pool):
 
 
 def test_boxes_are_y_first_of_the_film_padded_to_a_centred_square():
-    """Guards against x first, boxes of the unpadded film, and padding on one side: a white
-    rectangle is drawn on a film, found again in the padded picture, and its box must be there."""
+    """Guards against x first, boxes of the unpadded image, and padding on one side: a white
+    rectangle is drawn on a image, found again in the padded picture, and its box must be there."""
     rng = np.random.default_rng(0)
     for size in ((900, 600), (600, 901), (700, 700), (50, 1000)):
         x0, y0 = (int(rng.integers(0, n // 2)) for n in size)
         x1, y1 = (int(rng.integers(n // 2 + 1, n)) for n in size)
-        film = Image.new("L", size, 9)
-        film.paste(255, (x0, y0, x1, y1))
-        square = np.asarray(icl_ground.pad_to_square(film))
+        image = Image.new("L", size, 9)
+        image.paste(255, (x0, y0, x1, y1))
+        square = np.asarray(icl_ground.pad_to_square(image))
         assert square.shape == (max(size), max(size), 3) and (square > 0).mean() < 1.01
         rows, columns = (np.flatnonzero((square[..., 0] == 255).any(axis)) for axis in (1, 0))
         seen = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]) * 1000 / max(size)
@@ -262,11 +262,11 @@ REPLIES = [
     (f"[[{'9' * 5000}, 0, 5, 5]]", [[5, 0, 1000, 5]]), ("[[nan, 0, inf, 1]]", None)]
 
 
-@pytest.mark.parametrize("reply, wanted", REPLIES)
-def test_a_reply_is_read_or_counted_as_malformed(reply, wanted):
+@pytest.mark.parametrize("reply, expected", REPLIES)
+def test_a_reply_is_read_or_counted_as_malformed(reply, expected):
     """Guards against boxes out of a thought or a draft, guesses at what cannot be read, an
     unreadable reply taken for "no box" (None here), and "no box" taken for unreadable."""
-    assert parse_boxes(reply) == (wanted or [], wanted is None)
+    assert parse_boxes(reply) == (expected or [], expected is None)
 
 
 def test_no_reply_raises():
@@ -287,7 +287,7 @@ def test_no_reply_raises():
 
 def test_demonstrations_are_the_top_k_triplets_without_the_query_or_its_patient(pool, tmp_path):
     """Guards against a query that sees its own boxes: under its own name, as a copy under another,
-    or in another film of the patient. Against a double loop."""
+    or in another image of the patient. Against a double loop."""
     rng = np.random.default_rng(1)
     copy = tmp_path / "other name.png"
     shutil.copy(pool[0]["path"], copy)
@@ -298,9 +298,9 @@ def test_demonstrations_are_the_top_k_triplets_without_the_query_or_its_patient(
     found, own = icl_ground.top_triplets(queries, emb[:4].clone(), pool, emb, 9)
     assert own == [{0}, {1}, {2, 7}, {3}]
     for q, query in enumerate(queries):
-        wanted = sorted((i for i in range(len(pool)) if i not in own[q]),
+        expected = sorted((i for i in range(len(pool)) if i not in own[q]),
                         key=lambda i: (-float(emb[q].double() @ emb[i].double()), i))
-        every = [(pool[i]["image"], region["phrase"]) for i in wanted
+        every = [(pool[i]["image"], region["phrase"]) for i in expected
                  for region in pool[i]["regions"]]
         assert [(t["image"], t["phrase"]) for t in found[q]] == every[:9]
 
@@ -547,10 +547,10 @@ def test_one_image(grounder, call, phantom, run_dir, lvlm_dir, tmp_path):
 def test_pixels_are_those_of_the_original(call, phantom, pool, tmp_path):
     """Guards against width and height taken for each other, and an image that the manifest must
     know; the prior answers from the phrase alone."""
-    film = next(row["path"] for row in pool if len(set(Image.open(row["path"]).size)) == 2)
-    out, _ = call("--image", film, "--phrase", "unheard of", "--data", phantom, "--lvlm", "prior",
+    path = next(row["path"] for row in pool if len(set(Image.open(row["path"]).size)) == 2)
+    out, _ = call("--image", path, "--phrase", "unheard of", "--data", phantom, "--lvlm", "prior",
                   "--out", "there/x.png")
-    answer, (w, h) = json.loads(out), Image.open(film).size
+    answer, (w, h) = json.loads(out), Image.open(path).size
     [[x0, y0, x1, y1]] = answer["boxes"]
     assert answer["pixels"] == [[round(x0 * w), round(y0 * h), round(x1 * w), round(y1 * h)]]
     shape = Image.open(tmp_path / "there" / "x.png").size
@@ -586,9 +586,9 @@ def test_a_set_goes_on_where_it_was_stopped(call, phantom, run_dir):
     scores = json.load(open("p.json"))
     assert scores["grounding"] == metrics.grounding_metrics(metrics.read_predictions("p.jsonl"))
     prior = metrics.phrase_prior(data.read_manifest(phantom, "train"))
-    wanted = [{"image": row["image"], "boxes": region["boxes"], "pred": prior(region["phrase"])}
+    expected = [{"image": row["image"], "boxes": region["boxes"], "pred": prior(region["phrase"])}
               for row in rows for region in row["regions"]]
-    assert scores["prior"] == metrics.grounding_metrics(wanted)
+    assert scores["prior"] == metrics.grounding_metrics(expected)
     assert whole.splitlines()[-1].endswith("Next: python metrics.py p.jsonl")
     with pytest.raises(InputError, match="was made with {'k': 4}, now {'k': 3}"):
         call(*args, "--k", 3)
