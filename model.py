@@ -112,6 +112,7 @@ class Config:
     clip: float = 1.0               # gradient norm; not stated in the paper
     n_regions: int = 1              # regions of an image in a step; not stated in the paper
     max_target: int = 256           # tokens of a target; not stated in the paper
+    answer_tokens: int = 160        # of boxes (nine) or a phrase; not stated in the paper
     augment: float = 0.0            # strength of augmentation; not stated in the paper
     cache: bool = False             # keep decoded images in memory
     vocab_size: int = 32_000        # at most, of a tokenizer learned where none can be loaded
@@ -129,7 +130,8 @@ PAPER = Config()
 TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
     lr=1.2e-3, muon_lr=5, text_lr=0.3, scale_lr=10, warmup=0.02, weight_decay=0.05, steps=2200,
-    epochs=None, batch_size=48, min_batches=6, n_regions=3, max_target=34, augment=0.65, cache=True,
+    epochs=None, batch_size=48, min_batches=6, n_regions=3, max_target=34, answer_tokens=64,
+    augment=0.65, cache=True,
     vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
     text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=24, projection_size=128),
@@ -575,14 +577,14 @@ class LoFi(Encoder):
         The method never learns that a finding is not there, so almost any phrase gets boxes."""
         prompts = [data.GROUNDING_PROMPT.format(phrase=phrase)
                    for phrase in ([phrases] if isinstance(phrases, str) else phrases)]
-        answers, scores = self.ask(image, prompts, ANSWER_TOKENS, with_scores=True)
+        answers, scores = self.ask(image, prompts, self.config.answer_tokens, with_scores=True)
         boxes = [data.text_to_boxes(answer)[0] for answer in answers]
         return (boxes, scores) if with_scores else boxes
 
     def describe(self, image, boxes):
         """An image and boxes -> the sentence about that region (dense captioning)."""
         prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text(boxes))
-        return self.ask(image, [prompt], ANSWER_TOKENS)[0]
+        return self.ask(image, [prompt], self.config.answer_tokens)[0]
 
     # ---- files ----------------------------------------------------------------------------------
 
@@ -747,7 +749,8 @@ def answer(run, image, phrases, box):
     model = LoFi.from_pretrained(run)
     if box:
         prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text([box]))
-        [sentence], [score] = model.ask(image, [prompt], ANSWER_TOKENS, with_scores=True)
+        [sentence], [score] = model.ask(image, [prompt], model.config.answer_tokens,
+                                        with_scores=True)
         return {"boxes": [box], "sentence": sentence, "score": score}
     if not phrases:
         [report], [score] = model.ask(image, [data.CAPTIONING_PROMPT], with_scores=True)
