@@ -94,19 +94,13 @@ def test_a_ranking_too_short_is_not_taken_for_a_miss():
             metrics.recall_at_k(ranked, ["a"], ["a", "b"])
 
 
-def test_precision_by_hand():
-    """Guards against dividing by K where there are fewer candidates, and any() for the share."""
-    values = metrics.precision_at_k([[0, 1, 2], [1, 0, 2]], ["x", "y"], ["x", "y", "x"])
-    assert values == {"P@1": 1.0, "P@2": 0.5, "P@5": 0.5, "P@10": 0.5}      # (2/3 + 1/3) / 2
-
-
 # ---- boxes and matching --------------------------------------------------------------------------
 
 def test_iou_and_giou_by_hand():
     """Guards against xywh read as xyxy, and the hull left out for boxes that do not touch."""
     a, b = [[0, 0, .4, .4], [0, 0, .2, .2]], [[.2, 0, .6, .4], [.4, 0, .6, .2], [0, 0, .4, .4]]
     assert metrics.box_iou(a, b) == pytest.approx(np.array([[1 / 3, 0, 1], [0, 0, .25]]))
-    giou = metrics.box_giou(a, b)
+    giou = metrics.box_iou(a, b, generalized=True)
     assert giou.shape == (2, 3)
     assert giou[0, [0, 2]] == pytest.approx([1 / 3, 1]) and giou[1, 1] == pytest.approx(-1 / 3)
 
@@ -202,7 +196,7 @@ def test_robust_detection_outcome_is_brute_force():
     targets = [random_boxes(rng, rng.integers(0, 4)) for _ in range(60)]
     for pred, target in zip(preds, targets):
         most += max(len(pred), len(target))
-        giou = metrics.box_giou(pred, target)
+        giou = metrics.box_iou(pred, target, generalized=True)
         for i, j in max(pairings(*giou.shape), key=lambda pairs: sum(giou[i, j] for i, j in pairs)):
             (a, b, c, d), (e, f, g, h) = pred[i], target[j]
             dx, dy = ((a + c) - (e + g)) / 2 / (g - e), ((b + d) - (f + h)) / 2 / (h - f)
@@ -384,7 +378,8 @@ def test_scripts_score_with_the_named_functions(monkeypatch, tmp_path, capsys):
         metrics.main()
         return capsys.readouterr().out
     assert "100.00 [100.00, 100.00]" in printed()
-    monkeypatch.setattr(metrics, "ratio", lambda value, count: 0.5 + 0 * value)
+    monkeypatch.setattr(metrics, "ratio", lambda values, counts, weights=None: (
+        0.5 if weights is None else np.full(len(weights), 0.5)))
     assert printed().count("50.00 [50.00, 50.00]") == len(metrics.PERCENT)
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["metrics.py", str(path), "--bootstrap", "0"])

@@ -368,8 +368,11 @@ def test_categories_by_hand(encoder, phantom, tmp_path, monkeypatch, capsys):
     pairs = [(a > b) for a in score[labels] for b in score[~labels]]
     assert found["Nodule"]["AUROC"] == pytest.approx(np.mean(pairs), abs=0.01)
     assert found["Nodule"]["n_images"] == labels.sum() > 0
-    best = (image_emb @ yes).argsort(descending=True)[:5].numpy()
-    assert found["Nodule"]["P@5"] == pytest.approx(labels[best].mean())
+    best = (image_emb @ yes).argsort(descending=True).numpy()
+    for k in (1, 2, 5, 10):
+        assert found["Nodule"][f"P@{k}"] == pytest.approx(labels[best[:k]].mean())
+    few = retrieve.category_scores(encoder, rows[:3], image_emb[:3], "nodule")
+    assert few["P@5"] == few["P@10"] == pytest.approx(labels[:3].mean())     # K above the pool
     ratios = [metrics.contrast_to_noise_ratio(
         encoder.heat_map(row["path"], [r["phrase"]])[0].numpy(), r["boxes"])
         for row in rows for r in row["regions"] if "nodule" in r["phrase"]]
