@@ -49,7 +49,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
 from metrics import (InputError, box_iou, box_problem, check_output, drop_degenerate, first_line,
@@ -235,7 +235,8 @@ def load_image(path, size=None):
                                         image.getchannel("A"))
             image = image.convert("L")
     except UNREADABLE as error:
-        hint = "; a DICOM file: convert it to PNG first" if is_dicom(path) else ""
+        hint = ("; if it is a DICOM file, convert it to PNG first"
+                if isinstance(error, UnidentifiedImageError) else "")
         raise InputError(f"{path}: cannot be read as an image ({first_line(error)}){hint}")
     low, high = image.getextrema()
     if 0 < high - low < 64:
@@ -312,30 +313,24 @@ class ChestXrays:
     def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
                  skip_bad=False, seed=0):
         self.rows, self.size, self.objectives, self.n_regions = rows, size, objectives, n_regions
-        self.augmented, self.skip_bad, self.seed = augmented, skip_bad, seed
-        self.cache = {} if cached else None
+        self.augmented, self.cached, self.cache = augmented, cached, {}
+        self.skip_bad, self.seed = skip_bad, seed
 
     def __len__(self):
         return len(self.rows)
 
-    def decode(self, i):
-        """The decoded image (PIL "L"), at twice the input size if a window of it will be taken."""
-        if self.cache is not None and i in self.cache:
-            return self.cache[i]
-        image = load_image(self.rows[i]["path"], self.size * (2 if self.augmented else 1))
-        if self.cache is not None:
-            self.cache[i] = image
-        return image
-
     def __getitem__(self, key):
         epoch, i = key
         row, rng = self.rows[i], np.random.default_rng([self.seed, epoch, i])
-        try:
-            image, regions = self.decode(i), row["regions"]
+        regions, image = row["regions"], self.cache.get(i)
+        try:                                                   # twice the size, if it is cropped
+            image = image or load_image(row["path"], self.size * (2 if self.augmented else 1))
         except InputError as error:
             if self.skip_bad:
                 return {"bad": str(error)}
             raise
+        if self.cached:
+            self.cache[i] = image
         if self.augmented:
             image, regions = augment(image, regions, self.size, self.augmented, rng)
         # T of Eq. 1: sentences of the report; where there is none, the phrases stand in for it.
@@ -402,55 +397,46 @@ class Collate:
 # ---- reading a manifest: what is checked ---------------------------------------------------------
 
 ROW_KEYS = ("image", "study", "patient", "split", "report", "regions")
-REGION_KEYS = ("phrase", "boxes")
-
-
-def parse_line(line):
-    """A line of a manifest -> (JSON value, None), or (None, what is invalid about it)."""
-    try:
-        line.encode()                                          # a wrong byte was read as surrogate
-        row = json.loads(line)
-        if "\\u" in line:                                      # half a surrogate pair is no text
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        return None, f"not UTF-8 text ({error.reason}); save the file as UTF-8"
-    except (ValueError, RecursionError) as error:
-        return None, f"not JSON: {first_line(error)}"
-    return row, None
 
 
 def scan_manifest(data):
     """Yield (line number, row or None, problem or None) for each line of a manifest."""
-    path, first = manifest_path(data), True
+    path = manifest_path(data)
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            if first and line.lstrip().startswith("["):
+            if line.lstrip().startswith("["):
                 yield number, None, "a JSON array, expected one JSON object a line (JSON Lines)"
                 return
-            first = False
-            row, problem = parse_line(line)
-            yield number, row, problem or row_problem(row, path.parent)
+            if not line.strip():
+                continue
+            row = None
+            try:
+                line.encode()                                  # a wrong byte was read as surrogate
+                row = json.loads(line)
+                if "\\u" in line:                              # half a surrogate pair is no text
+                    json.dumps(row, ensure_ascii=False).encode()
+                problem = row_problem(row, path.parent)
+            except UnicodeEncodeError as error:
+                problem = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
+            except (ValueError, RecursionError) as error:
+                problem = f"not JSON: {first_line(error)}"
+            yield number, row, problem
 
 
 def row_problem(row, folder):
     """What is invalid about a row of the manifest, in words; None if it is valid."""
     if not isinstance(row, dict):
         return f"expected a JSON object, got {type(row).__name__}"
-    for key in ("image", "study", "patient", "split"):
-        if not (isinstance(row.get(key), str) and row[key]):
-            return f"{key!r} is {row.get(key)!r:.80}, expected text"
+    for key, kind in zip(ROW_KEYS, (str, str, str, str, str | None, list | None), strict=True):
+        value = row.get(key)
+        if not isinstance(value, kind) or (kind is str and not value):
+            return f"{key!r} is {value!r:.80}, expected {'a list' if key == 'regions' else 'text'}"
     if row["split"] not in SPLITS:
         return f"'split' is {row['split']!r:.80}, expected one of {', '.join(SPLITS)}"
-    for key, kind, words in (("report", str, "text"), ("regions", list, "a list")):
-        if not isinstance(row.get(key), (kind, type(None))):
-            return f"{key!r} is {row[key]!r:.80}, expected {words}"
     for region in row.get("regions") or []:
         if not isinstance(region, dict) or not isinstance(region.get("boxes"), list) \
                 or not isinstance(region.get("phrase"), str) or not region["phrase"].strip():
-            return (f"region {region!r:.120}, expected {{'phrase': text, "
-                    "'boxes': [[x0, y0, x1, y1], ...]}")
+            return f"region {region!r:.120}, expected 'phrase' and 'boxes': [[x0, y0, x1, y1], ...]"
         for box in region["boxes"]:
             if problem := box_problem(box):
                 return (f"box {box!r:.120} of {region['phrase']!r:.80} {problem}; "
@@ -462,35 +448,21 @@ def row_problem(row, folder):
 
 def find_row(rows, image):
     """The row whose image is this file or, by its bytes, a copy of it; None if there is none."""
-    places, size = {os.path.abspath(image), os.path.realpath(image)}, os.path.getsize(image)
-    for row in rows:
-        if os.path.abspath(row["path"]) in places:
-            return row
-    for row in rows:
-        if os.path.getsize(row["path"]) == size and filecmp.cmp(row["path"], image, shallow=False):
-            return row
-    return None
+    size = os.path.getsize(image)
+    same = [row for row in rows if os.path.getsize(row["path"]) == size
+            and filecmp.cmp(row["path"], image, shallow=False)]
+    own = [row for row in same if os.path.samefile(row["path"], image)]
+    return next(iter(own + same), None)
 
 
-def is_dicom(path):
-    """Whether a file has DICOM's mark, after 128 bytes, or its suffix."""
-    with contextlib.suppress(OSError, TypeError):              # TypeError: path is a PIL image
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM" or str(path).lower().endswith(".dcm")
-    return False
-
-
-# ---- text: long prompts, and a tokenizer for models trained from scratch -------------------------
+# ---- shared by the scripts: long prompts, a tokenizer, pictures, work in parallel ----------------
 
 def cut_text(tokenizer, text, length=PROMPT_TOKENS):
     """Cut a text to its first `length` tokens; the first time, say so on stderr."""
-    if len(text.encode()) <= length:                           # a token has at least one byte
-        return text
-    ids = plain_ids(tokenizer, text)
-    if len(ids) <= length:
-        return text
+    if len(text.encode()) <= length or len(plain_ids(tokenizer, text)) <= length:
+        return text                                            # a token has at least one byte
     say_once(f"note: a prompt of over {length} tokens is cut to its first {length}")
-    return tokenizer.decode(ids[:length])
+    return tokenizer.decode(plain_ids(tokenizer, text)[:length])
 
 
 @functools.cache
@@ -518,8 +490,6 @@ def tokenizer_texts(rows):
     return prompts + [r["report"] for r in rows] + [g["phrase"] for r in rows for g in r["regions"]]
 
 
-# ---- pictures of images with their boxes ---------------------------------------------------------
-
 def draw_boxes(image, regions):
     """Draw boxes, and the start of their phrases above them, on an image (PIL "RGB"), in place."""
     pen, (w, h), font = ImageDraw.Draw(image), image.size, ImageFont.load_default(13)
@@ -541,8 +511,6 @@ def tile(cells, columns):
         sheet.paste(cell, (n % columns * w, n // columns * h))
     return sheet
 
-
-# ---- work in parallel ----------------------------------------------------------------------------
 
 def map_ahead(pool, function, items, ahead):
     """Yield function(item) in order from an executor, which is at most `ahead` items ahead.
@@ -575,7 +543,7 @@ def map_processes(function, items, workers):
         try:
             yield from map_ahead(pool, function, items, 2 * workers)
         except BrokenProcessPool:
-            raise InputError("a worker process was killed, perhaps because memory ran out; run the "
+            raise InputError("a worker process was killed, perhaps for want of memory; run the "
                              "same command with fewer --workers: it continues where it was")
 
 
@@ -588,17 +556,16 @@ RIGHT_LUNG = [(-.14, -.62), (-.26, -.74), (-.42, -.70), (-.56, -.48), (-.66, -.1
               (-.15, -.25)]
 ZONES = {"upper": -.42, "mid": -.06, "lower": .27}              # centres, y
 SIZES = {"small": .35, "moderate": .47, "large": .62}           # widths
-HEART = {"mildly": .58, "moderately": .68, "severely": .80}     # left border, x; .46 is normal
-FINDINGS = {"nodule": "{Size} {side} {zone} zone nodule.",
-            "cavity": "{Size} cavity in the {side} {zone} zone.",
-            "consolidation": "{Size} {side} {zone} zone consolidation.",
-            "effusion": "{Size} {side} pleural effusion.",
-            "pneumothorax": "{Size} {side} pneumothorax.",
-            "pacemaker": "Pacemaker over the {side} chest.",
-            "heart": "The heart is {degree} enlarged."}
-ABSENT = {"nodule": "No nodule.", "cavity": "No cavity.", "consolidation": "No consolidation.",
-          "effusion": "No pleural effusion.", "pneumothorax": "No pneumothorax.",
-          "pacemaker": "No implanted device.", "heart": "Normal heart size."}
+HEART = {"small": ("mildly", .58), "moderate": ("moderately", .68), "large": ("severely", .80),
+         None: ("", .46)}                                       # left border, x; None is normal
+FINDINGS = {  # kind: (probability, its sentence, the sentence that it is not there)
+    "nodule": (.24, "{Size} {side} {zone} zone nodule.", "No nodule."),
+    "cavity": (.20, "{Size} cavity in the {side} {zone} zone.", "No cavity."),
+    "consolidation": (.21, "{Size} {side} {zone} zone consolidation.", "No consolidation."),
+    "effusion": (.11, "{Size} {side} pleural effusion.", "No pleural effusion."),
+    "pneumothorax": (.09, "{Size} {side} pneumothorax.", "No pneumothorax."),
+    "pacemaker": (.10, "Pacemaker over the {side} chest.", "No implanted device."),
+    "heart": (.05, "The heart is {degree} enlarged.", "Normal heart size.")}
 SENTENCES = 3                       # on findings, there or not, in a phantom's report
 POSITION = "{view} view, chest {y} and {x}."                    # in half of the reports
 BODY_WIDTH, BODY_SHIFT = (.70, 1.06), .12                       # fractions of the image; each way
@@ -624,15 +591,11 @@ class Canvas:
             y=third(y, -BODY_SHIFT, BODY_SHIFT, "high", "level", "low"),
             x=third(x, -BODY_SHIFT, BODY_SHIFT, "right", "central", "left"))
 
-    def place(self, points):
-        """Body frame -> fractions of the image."""
-        return self.centre + self.scale * np.asarray(points, float)
-
     def mask(self, *shapes, blur=0, line=0):
         """Filled polygons, or lines of that width (image fraction), blurred: (n, n) in [0, 1]."""
         layer = Image.new("L", (self.n, self.n))
         for points in shapes:
-            corners = [tuple(p) for p in self.place(points) * self.n]
+            corners = [tuple(p) for p in (self.centre + self.scale * points) * self.n]
             if line:
                 ImageDraw.Draw(layer).line(corners, 255, max(1, round(line * self.n)), "curve")
             else:
@@ -641,12 +604,9 @@ class Canvas:
             layer = layer.filter(ImageFilter.BoxBlur(1.6 * blur * self.n))
         return np.asarray(layer, np.float32) / 255
 
-    def add(self, mask, value):
-        self.pixels += mask * value
-
     def box(self, points):
         """The manifest's box around points of the body frame, clipped to the image."""
-        points = self.place(points).clip(0, 1)
+        points = (self.centre + self.scale * points).clip(0, 1)
         return [round(float(v), 4) for v in (*points.min(0), *points.max(0))]
 
 
@@ -661,104 +621,79 @@ def noise(rng, grid, n, std):
     return np.asarray(draws.resize((n, n), Image.Resampling.BICUBIC))
 
 
-def ellipse(x, y, rx, ry, wobble=None, steps=28):
-    """Points of an ellipse; wobble (steps,) scales its radius by angle."""
-    angle = np.linspace(0, 2 * np.pi, steps, endpoint=False)
-    radius = 1 if wobble is None else wobble
-    return np.stack([x + rx * radius * np.cos(angle), y + ry * radius * np.sin(angle)], 1)
+def ellipse(x, y, rx, ry, wobble=1):
+    """28 points of an ellipse; wobble, a number or (28,), scales its radius."""
+    angle = np.linspace(0, 2 * np.pi, 28, endpoint=False)
+    return np.stack([x + rx * wobble * np.cos(angle), y + ry * wobble * np.sin(angle)], 1)
 
 
 def draw_anatomy(canvas, heart):
     """Body, lungs, spine, trachea, ribs, clavicles, vessels and heart (its outline is given)."""
-    rng, wide = canvas.rng, 2 * canvas.scale[0]
+    rng, pixels, mask, wide = canvas.rng, canvas.pixels, canvas.mask, 2 * canvas.scale[0]
     torso = [(-.30, -1.3), (-.34, -.98), (-.86, -.82), (-1.02, -.3), (-.95, 1.6)]
-    canvas.add(canvas.mask(torso + mirror(torso)[::-1], blur=.02), rng.uniform(118, 138))
-    lungs = canvas.mask(RIGHT_LUNG, mirror(RIGHT_LUNG), blur=.008)
-    canvas.add(lungs, -rng.uniform(82, 92))
-    canvas.add(canvas.mask([(-.10, -1.1), (.10, -1.1), (.12, 1.3), (-.12, 1.3)], blur=.02), 38)
-    trachea = [(-.035, -1.1), (.035, -1.1), (.03, -.42), (-.03, -.42)]
-    canvas.add(canvas.mask(trachea, blur=.008), -26)
+    pixels += mask(torso + mirror(torso)[::-1], blur=.02) * rng.uniform(118, 138)
+    lungs = mask(RIGHT_LUNG, mirror(RIGHT_LUNG), blur=.008)
+    pixels -= lungs * rng.uniform(82, 92)
+    pixels += mask([(-.10, -1.1), (.10, -1.1), (.12, 1.3), (-.12, 1.3)], blur=.02) * 38
+    pixels -= mask([(-.035, -1.1), (.035, -1.1), (.03, -.42), (-.03, -.42)], blur=.008) * 26
     ribs = [[(-.10, y - .05), (-.32, y - .10), (-.55, y - .02), (-.72, y + .16)]
             for y in np.arange(-.66, .5, .155)]
-    canvas.add(canvas.mask(*ribs, *map(mirror, ribs), blur=.004, line=.016 * wide), 13)
+    pixels += mask(*ribs, *map(mirror, ribs), blur=.004, line=.016 * wide) * 13
     clavicle = [(-.08, -.60), (-.35, -.70), (-.74, -.80)]
-    canvas.add(canvas.mask(clavicle, mirror(clavicle), blur=.004, line=.03 * wide), 24)
+    pixels += mask(clavicle, mirror(clavicle), blur=.004, line=.03 * wide) * 24
     roots = [(-.2, y) for y in rng.uniform(-.15, .1, 14)]
     vessels = [[(x, y), (x - rng.uniform(.1, .36), y + rng.uniform(-.4, .3))] for x, y in roots]
     vessels = vessels[:7] + list(map(mirror, vessels[7:]))
-    canvas.add(canvas.mask(*vessels, blur=.006, line=.012) * lungs, 20)
-    canvas.add(canvas.mask(heart, blur=.014), 66)
+    pixels += mask(*vessels, blur=.006, line=.012) * lungs * 20
+    pixels += mask(heart, blur=.014) * 66
 
 
-def place_in_zone(canvas, side, zone):
-    """Where in a zone a finding sits, anywhere in it: its centre in the body frame."""
-    x = canvas.rng.uniform(-.55, -.30)
-    return (x if side == "right" else -x), ZONES[zone] + canvas.rng.uniform(-.14, .14)
-
-
-def draw_nodule(canvas, side, zone, width):
-    outline = ellipse(*place_in_zone(canvas, side, zone), width / 2, width / 2)
-    canvas.add(canvas.mask(outline, blur=.006), 112)
+def draw_finding(canvas, kind, side, zone, width):
+    """Draw a finding, other than the heart -> the points of its outline, in the body frame."""
+    rng, pixels, mask = canvas.rng, canvas.pixels, canvas.mask
+    if kind in ("nodule", "cavity", "consolidation"):           # anywhere in a zone
+        x, y = rng.uniform(-.55, -.30), ZONES[zone] + rng.uniform(-.14, .14)
+        x = x if side == "right" else -x
+    if kind == "nodule":
+        outline = ellipse(x, y, width / 2, width / 2)
+        pixels += mask(outline, blur=.006) * 112
+    elif kind == "cavity":
+        outline = ellipse(x, y, width / 2, width / 2 * rng.uniform(.8, 1.2))
+        inside = mask((outline - (x, y)) * .55 + (x, y), blur=.005)
+        pixels += (mask(outline, blur=.005) - inside) * 112
+        pixels -= inside * 30
+    elif kind == "consolidation":
+        wobble = 1 + .12 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6)
+                                  + rng.uniform(0, 6))
+        outline = ellipse(x, y, .62 * width, .62 * width * rng.uniform(.55, .85), wobble)
+        pixels += mask(outline, blur=.012) * (1 + noise(rng, 24, canvas.n, .3)) * 66
+    elif kind == "effusion":
+        top = .50 - 1.5 * (width - .12) * rng.uniform(.9, 1.1)
+        outline = mirror([(-.75, top), (-.62, top + .10), (-.40, top + .16), (-.15, top + .17),
+                          (-.13, .52), (-.74, .58)], side)
+        pixels += mask(outline, blur=.010) * 92
+    elif kind == "pneumothorax":
+        edge = width * rng.uniform(.6, .8)
+        line = [(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge),
+                (-.70, -.78 + 2 * width * rng.uniform(.95, 1.05))]
+        outline = mirror([(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
+                         + line[::-1], side)
+        pixels -= mask(outline, blur=.004) * 48
+        pixels += mask(mirror(line, side), blur=.002, line=.012) * 70
+    elif kind == "pacemaker":
+        x, y = rng.uniform(-.70, -.36), rng.uniform(-.72, -.30)
+        outline = mirror(ellipse(x, y, rng.uniform(.20, .26), rng.uniform(.16, .21)), side)
+        lead = [(x, y), (-.16, y - .1), (-.02, -.1), (-.10 if side == "right" else .10, .38)]
+        pixels += mask(mirror(lead, side), blur=.002, line=.009) * 80
+        pixels += mask(outline, blur=.003) * 120
     return outline
-
-
-def draw_cavity(canvas, side, zone, width):
-    x, y = place_in_zone(canvas, side, zone)
-    outline = ellipse(x, y, width / 2, width / 2 * canvas.rng.uniform(.8, 1.2))
-    inside = (outline - (x, y)) * .55 + (x, y)
-    canvas.add(canvas.mask(outline, blur=.005) - canvas.mask(inside, blur=.005), 112)
-    canvas.add(canvas.mask(inside, blur=.005), -30)
-    return outline
-
-
-def draw_consolidation(canvas, side, zone, width):
-    rng, (x, y) = canvas.rng, place_in_zone(canvas, side, zone)
-    wobble = 1 + .12 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6)
-                              + rng.uniform(0, 6))
-    outline = ellipse(x, y, .62 * width, .62 * width * rng.uniform(.55, .85), wobble)
-    canvas.add(canvas.mask(outline, blur=.012) * (1 + noise(rng, 24, canvas.n, .3)), 66)
-    return outline
-
-
-def draw_effusion(canvas, side, _, width):
-    top = .50 - 1.5 * (width - .12) * canvas.rng.uniform(.9, 1.1)
-    outline = mirror([(-.75, top), (-.62, top + .10), (-.40, top + .16), (-.15, top + .17),
-                      (-.13, .52), (-.74, .58)], side)
-    canvas.add(canvas.mask(outline, blur=.010), 92)
-    return outline
-
-
-def draw_pneumothorax(canvas, side, _, width):
-    rng = canvas.rng
-    edge, base = width * rng.uniform(.6, .8), -.78 + 2 * width * rng.uniform(.95, 1.05)
-    line = [(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge), (-.70, base)]
-    outline = mirror([(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
-                     + line[::-1], side)
-    canvas.add(canvas.mask(outline, blur=.004), -48)
-    canvas.add(canvas.mask(mirror(line, side), blur=.002, line=.012), 70)
-    return outline
-
-
-def draw_pacemaker(canvas, side, *_):
-    rng = canvas.rng
-    x, y = rng.uniform(-.70, -.36), rng.uniform(-.72, -.30)
-    outline = mirror(ellipse(x, y, rng.uniform(.20, .26), rng.uniform(.16, .21)), side)
-    lead = mirror([(x, y), (-.16, y - .1), (-.02, -.1), (-.10 if side == "right" else .10, .38)],
-                  side)
-    canvas.add(canvas.mask(lead, blur=.002, line=.009), 80)
-    canvas.add(canvas.mask(outline, blur=.003), 120)
-    return outline
-
-
-DRAW = {"nodule": draw_nodule, "cavity": draw_cavity, "consolidation": draw_consolidation,
-        "effusion": draw_effusion, "pneumothorax": draw_pneumothorax, "pacemaker": draw_pacemaker}
 
 
 def choose_findings(rng):
     """1 to 3 findings, each as (kind, side, zone, size); a zone, pleura or organ is used once."""
     taken, findings, n_findings = set(), [], rng.choice([1, 2, 3], p=[.15, .65, .2])
     while len(findings) < n_findings:
-        kind = rng.choice(list(FINDINGS), p=[.24, .20, .21, .11, .09, .10, .05])
+        kind = rng.choice(list(FINDINGS), p=[p for p, *_ in FINDINGS.values()])
         side, size = rng.choice(["right", "left"]), rng.choice(list(SIZES))
         zone = {"effusion": "lower", "pneumothorax": "upper"}.get(kind) or rng.choice(list(ZONES))
         place = kind if kind in ("heart", "pacemaker") else (side, zone)
@@ -768,43 +703,35 @@ def choose_findings(rng):
     return findings
 
 
-def draw_phantom(rng, n=96):
-    """One phantom -> (PIL "L" image of n x n, report, regions)."""
-    canvas, findings = Canvas(rng, n), choose_findings(rng)
-    degree = dict(zip(SIZES, HEART))
-    kinds = {kind: size for kind, _, _, size in findings}
-    border = HEART[degree[kinds["heart"]]] if "heart" in kinds else .46
-    left, top, bottom = -.22 - .3 * (border - .46), -.02, .54
-    heart = ellipse((left + border) / 2, (top + bottom) / 2,
-                    (border - left) / 2, (bottom - top) / 2)
+def draw_phantom(job, n=96):
+    """Draw phantom i of a split, save its image of n x n pixels; a pool's task. -> its row."""
+    out, split, i, seed = job
+    rng = np.random.default_rng([seed, SPLITS.index(split), i])
+    canvas, findings, regions = Canvas(rng, n), choose_findings(rng), []
+    size_of = {kind: size for kind, _, _, size in findings}
+    degree, border = HEART[size_of.get("heart")]
+    left = -.22 - .3 * (border - .46)
+    heart = ellipse((left + border) / 2, .26, (border - left) / 2, .28)
     draw_anatomy(canvas, heart)
-    regions = []
     for kind, side, zone, size in findings:
         width = SIZES[size] * rng.uniform(.94, 1.06)
-        phrase = FINDINGS[kind].format(side=side, zone=zone, Size=size.capitalize(),
-                                       degree=degree[size])
-        outline = heart if kind == "heart" else DRAW[kind](canvas, side, zone, width)
+        outline = heart if kind == "heart" else draw_finding(canvas, kind, side, zone, width)
+        phrase = FINDINGS[kind][1].format(side=side, zone=zone, Size=size.capitalize(),
+                                          degree=degree)
         regions.append({"phrase": phrase, "boxes": [canvas.box(outline)]})
-    absent = rng.permutation([kind for kind in FINDINGS if kind not in kinds])
-    sentences = [r["phrase"] for r in regions] + [ABSENT[kind] for kind in absent]
+    absent = rng.permutation([kind for kind in FINDINGS if kind not in size_of])
+    sentences = [r["phrase"] for r in regions] + [FINDINGS[kind][2] for kind in absent]
     sentences = sentences[:SENTENCES]
     if rng.integers(2):
         sentences.append(canvas.position())
     report = " ".join(rng.permutation(sentences))
     pixels = (canvas.pixels * rng.uniform(.85, 1.1)
               + noise(rng, 2 * n // 3, n, 8) + noise(rng, 5, n, 6))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), report, regions
-
-
-def write_phantom(job):
-    """Draw phantom i of a split and save its image; a process pool's task. Returns the row."""
-    out, split, i, seed = job
-    image, report, regions = draw_phantom(np.random.default_rng([seed, SPLITS.index(split), i]))
-    name = f"images/{split}_{i:05d}.png"
+    name, study = f"images/{split}_{i:05d}.png", f"{split}{i:05d}"
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     image.save(out / name, compress_level=1)
-    study = f"{split}{i:05d}"
-    return {"image": name, "study": study, "patient": study, "split": split,
-            "report": report, "regions": regions}
+    return {"image": name, "study": study, "patient": study, "split": split, "report": report,
+            "regions": regions}
 
 
 PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
@@ -823,7 +750,7 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
         jobs = [(draft, split, i, seed) for split, n in sizes.items() for i in range(n)]
         with (ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_worker) as pool,
               open(draft / "manifest.jsonl", "w") as manifest):
-            for row in tqdm(pool.map(write_phantom, jobs, chunksize=50), "phantom", len(jobs),
+            for row in tqdm(pool.map(draw_phantom, jobs, chunksize=50), "phantom", len(jobs),
                             unit="image", disable=quiet):
                 manifest.write(json.dumps(row) + "\n")
         try:
@@ -846,8 +773,8 @@ def is_whole_phantom(folder, sizes=PHANTOM_SIZES):
 
 # ---- converters: sources read in place, a line or a member at a time -----------------------------
 
-DAMAGED = (OSError, EOFError, ValueError, RuntimeError, KeyError, TypeError, csv.Error,
-           struct.error, zlib.error, zipfile.BadZipFile)
+DAMAGED = (OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
+           csv.Error, struct.error, zlib.error, zipfile.BadZipFile)
 
 
 @contextlib.contextmanager
@@ -866,31 +793,29 @@ def reading(path):
 @contextlib.contextmanager
 def open_text(path):
     """A text file, plain, .gz or the one .csv of a .zip, without its byte order mark."""
-    suffix = Path(path).suffix
-    with reading(path), contextlib.ExitStack() as stack:
-        if suffix == ".zip":
+    kind = Path(path).suffix
+    with reading(path):
+        if kind == ".zip":
             names, take = members(path, ".csv")
             raw = io.BytesIO(take(names[min(names)]))
         else:
-            raw = stack.enter_context((gzip.open if suffix == ".gz" else open)(path, "rb"))
-        yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+            raw = gzip.open(path) if kind == ".gz" else open(path, "rb")
+        with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
+            yield text
 
 
 def csv_rows(path, *columns, ragged=False):
-    """Yield the rows of a table as dicts; short ones, filled with "", only if ragged.
-
-    Raises InputError if one of the columns is missing."""
+    """Yield the rows of a table as dicts; short ones, filled with "", only if ragged."""
     csv.field_size_limit(1 << 30)                              # CheXmask: a mask is one field
     with open_text(path) as text:
         table = csv.DictReader(text, restval="" if ragged else None)
         names = table.fieldnames or []
         if missing := [name for name in columns if name not in names]:
-            raise InputError(f"{path}: no column {missing[0]!r}, expected one; it has "
-                             f"{', '.join(names)[:200]}")
+            raise InputError(f"{path}: no column {missing[0]!r} in {', '.join(names)[:200]}")
         for row in tqdm(table, Path(path).name, unit="row"):
             if None in row.values():                           # DictReader's mark of a short row
-                raise InputError(f"{path}:{table.line_num}: expected {len(names)} fields, got "
-                                 f"fewer; is the download complete?")
+                raise InputError(f"{path}:{table.line_num}: fewer than the {len(names)} fields "
+                                 "expected; is the download complete?")
             yield row
 
 
@@ -914,21 +839,18 @@ def json_items(path, chunk=1 << 20, limit=1 << 26):
                                      f"({error.msg}); is the download complete?")
                 text, at = text[at:] + more, 0
                 continue
-            if not isinstance(item, dict):
-                raise InputError(f"{path}: item {number} is {item!r:.40}, expected an object")
             yield item
             number += 1
 
 
 def members(path, suffix):
-    """Files below a folder or in a zip, by bare name (leading folders differ between releases).
-
-    -> {name: path or member}, and what turns a member into bytes and leaves a path as it is."""
+    """Files below a folder or in a zip -> {bare name: path or member}, as releases differ in their
+    folders, and what turns a member into bytes and leaves a path as it is."""
     with reading(path):
         archive = None if os.path.isdir(path) else zipfile.ZipFile(path)
         found = archive.namelist() if archive else map(str, Path(path).rglob("*" + suffix))
-    names = {os.path.basename(p): p for p in found if p.endswith(suffix)}
-    names = {name: p for name, p in names.items() if not name.startswith(".")}    # macOS adds ._x
+    names = {os.path.basename(p): p for p in found
+             if p.endswith(suffix) and not os.path.basename(p).startswith(".")}    # macOS: ._x
     if not names:
         raise InputError(f"{path}: no *{suffix} in it; expected a folder or a zip with some")
 
@@ -939,10 +861,12 @@ def members(path, suffix):
     return names, take
 
 
-def find(folder, *patterns):
-    """The first file of a pattern in a folder or one level below (releases differ), or None."""
-    places = (place for pattern in patterns for place in (pattern, f"*/{pattern}"))
-    return next((path for place in places for path in sorted(Path(folder).glob(place))), None)
+def find(folder, expected, *patterns):
+    """The first file of a pattern in a folder or one level below, as releases differ."""
+    for pattern in (place for pattern in patterns for place in (pattern, f"*/{pattern}")):
+        if found := sorted(Path(folder).glob(pattern)):
+            return found[0]
+    raise InputError(f"{folder}: has no {patterns[0]}; {expected}")
 
 
 def one_line(text):
@@ -952,10 +876,10 @@ def one_line(text):
 
 def official_split(value, path):
     """The manifest's name of a split as its authors spell it."""
-    names = {"validate": "val", "validation": "val"} | {split: split for split in SPLITS}
-    if value not in names:
-        raise InputError(f"{path}: split {value!r}, expected one of {', '.join(names)}")
-    return names[value]
+    split = {"validate": "val", "validation": "val"}.get(value, value)
+    if split not in SPLITS:
+        raise InputError(f"{path}: split {value!r}, expected train, validate, validation or test")
+    return split
 
 
 # ---- converters: steps they share ----------------------------------------------------------------
@@ -979,105 +903,76 @@ def weighted_boxes_fusion(boxes, iou):
     return sorted(fused)
 
 
-def make_region(phrase, boxes, scale, split, funnel, iou=None):
-    """Boxes in units of scale (w, h) -> a region, or None if no box is left in the image.
-
-    Boxes are clipped and, with iou, fused; they, and a pair that is dropped, are counted."""
-    if not phrase:
-        funnel["pairs", "no text", split] += 1
-        return None
-    try:
-        fractions = np.array(boxes, float).reshape(-1, 4) / (*scale, *scale)
-    except (TypeError, ValueError):
-        raise InputError(f"{phrase!r} has boxes {boxes}, expected lists of 4 numbers")
-    if scale == (1, 1) and (fractions > 2).any():
-        raise InputError(f"{phrase!r} has boxes {boxes}, expected fractions, got pixels")
-    inside = drop_degenerate(fractions.clip(0, 1).round(5).tolist())
-    fused = inside if iou is None else weighted_boxes_fusion(inside, iou)
-    funnel.update({("boxes", "in", split): len(boxes),
-                   ("boxes", "degenerate box", split): len(boxes) - len(inside),
-                   ("boxes", "merged", split): len(inside) - len(fused)})
-    if not fused:
-        funnel["pairs", "degenerate box" if len(boxes) else "no box", split] += 1
-        return None
-    return {"phrase": phrase, "boxes": [[round(v, 5) for v in box] for box in fused]}
-
-
 def shrink(job):
     """Write an image as an 8-bit JPEG, its short side `size` pixels, unless it is smaller.
 
-    job: (path or bytes, where to write or None, size, (w, h) or None). -> (w, h), of the original
-    where not given; or, as text, why there is none. Raises InputError if it cannot be written."""
+    job: (path or bytes, where to write, size or 0, units of its boxes (w, h) or None for its own).
+    -> those units or, as text, why there is no image."""
     source, target, size, scale = job
+    if scale and not size:
+        return scale if os.path.isfile(source) else "no image"
     try:
-        if not target and scale:
-            return scale if os.path.isfile(source) else "no image"
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             scale = scale or image.size
-            if target:
-                factor = min(1, size / min(image.size))
-                small = [max(1, round(factor * side)) for side in image.size]
-                image.draft("L", small)                        # JPEG: decode at 1/2, 1/4 or 1/8
-                image = load_image(image).resize(small, Image.Resampling.BILINEAR)
+            if not size or target.exists():
+                return scale
+            factor = min(1, size / min(image.size))
+            small = [max(1, round(factor * side)) for side in image.size]
+            image.draft("L", small)                            # JPEG: decode at 1/2, 1/4 or 1/8
+            image = load_image(image).resize(small, Image.Resampling.BILINEAR)
     except FileNotFoundError:
         return "no image"
     except UNREADABLE:
         return "unreadable image"
-    if target:
-        write_file(target, lambda draft: image.save(draft, "JPEG", quality=95))
+    write_file(target, lambda draft: image.save(draft, "JPEG", quality=95))
     return scale
 
 
 class Conversion:
     """A run of a converter: where it writes, what it counts (the funnel) and what it does without.
 
-    funnel: {(table, reason, split): n}, table one of images, pairs and boxes. "in" is what came
-    in, "out" what is left; every other reason says why something was dropped."""
+    funnel: {(table, reason, split): n}, table one of images, pairs, boxes and out (what is left);
+    reason "in" is what came in, every other one says why something was dropped."""
 
     def __init__(self, args):
-        self.command, self.out, self.size = args.command, args.out, args.size
-        self.workers, self.funnel, self.lost = args.workers, Counter(), []
-        self.arguments = {name: str(value) for name, value in vars(args).items() if name != "run"}
-        for flag, value, least, most in (("--size", args.size, 0, 1 << 16),
-                                         ("--workers", args.workers, 1, 1 << 16),
-                                         ("--wbf-iou", getattr(args, "wbf_iou", 0), 0, 1)):
-            if not least <= value <= most:
-                raise InputError(f"{flag} {value}: expected a number from {least} to {most}")
+        self.out, self.size, self.workers = args.out, args.size, args.workers
+        self.iou = getattr(args, "wbf_iou", 1)                 # no boxes overlap by more than 1
+        self.funnel, self.lost, self.seen = Counter(), [], set()
+        self.arguments = {name: str(value) for name, value in vars(args).items()}
+        if self.size < 0 or self.workers < 1 or not 0 <= self.iou <= 1:
+            raise InputError(f"--size {self.size}, --workers {self.workers}, --wbf-iou {self.iou}: "
+                             "expected at least 0, at least 1, and from 0 to 1")
         notes = self.out / "prepare.json"
         with reading(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            mine = notes.exists() and f'"command": "{self.command}"' in notes.read_text()
+            mine = notes.exists() and f'"command": "{args.command}"' in notes.read_text()
         for path in (self.out / "manifest.jsonl", notes, self.out / "LICENSES.csv"):
             if path.exists() and not mine:
-                raise InputError(f"{path}: exists and was not written by {self.command}; choose "
+                raise InputError(f"{path}: exists and was not written by {args.command}; choose "
                                  "another --out")
             check_output(path, filter(os.path.isfile, self.arguments.values()))
 
-    def admit(self, row, reason):
-        """Count a row that came in, and why it is dropped -> whether it stays."""
-        self.funnel["images", "in", row["split"]] += 1
-        if reason:
-            self.funnel["images", reason, row["split"]] += 1
+    def admit(self, row, reason=None):
+        """Count a row that came in and, with a reason, is dropped -> whether it stays."""
+        reason = reason or ("repeated image" if row["name"] in self.seen else None)
+        self.funnel.update([("images", why, row["split"]) for why in ("in", reason) if why])
+        if not reason:
+            self.seen.add(row["name"])
         return not reason
 
     def prepare_images(self, rows, take=str):
-        """Give each row its image, shrunk once into --out, or the original's path; drop those
-        without.
+        """Shrink the images of rows into --out, once, or leave them -> the rows that have one.
 
-        row["name"]: where to write, below a folder that names the size; row["source"]: what take()
-        turns into a path or bytes; row["scale"]: units of its boxes, (w, h), None for the image's.
-        """
-        def job(row):
-            target = self.out / row["image"] if self.size else None
-            return (take(row["source"]), target if target and not target.exists() else None,
-                    self.size, row["scale"])
-
+        row["source"]: what take() turns into a path or bytes; row["name"]: where to write, below
+        a folder that names the size; row["scale"]: units of its boxes, if not the image's."""
         for row in rows:
             row["image"] = (f"images_{self.size}/{row['name']}" if self.size else
                             os.path.abspath(row["source"]))
         todo = [row for row in rows if not (self.size and row["scale"]
                                             and (self.out / row["image"]).exists())]
-        done = map_processes(shrink, map(job, todo), self.workers if self.size else 1)
+        jobs = ((take(row["source"]), self.out / row["image"], self.size, row["scale"])
+                for row in todo)
+        done = map_processes(shrink, jobs, self.workers if self.size else 1)
         for result, row in zip(tqdm(done, "images", len(todo), unit="image"), todo):
             if not isinstance(result, str):
                 row["scale"] = result
@@ -1088,27 +983,39 @@ class Conversion:
                 tqdm.write(f"unreadable image: {row['source']}")
         return [row for row in rows if row["image"]]
 
-    def add_regions(self, rows):
-        """Turn the pairs of rows, (phrase, boxes in units of scale), into regions."""
-        for row in rows:
-            self.funnel["pairs", "in", row["split"]] += len(row["pairs"])
-            regions = [make_region(phrase, boxes, row["scale"], row["split"], self.funnel)
-                       for phrase, boxes in row["pairs"]]
-            row["regions"] = [region for region in regions if region]
+    def add_regions(self, row):
+        """Turn row["pairs"], (phrase, boxes in units of row["scale"]), into regions, counted: boxes
+        are clipped to the image and, where a --wbf-iou is given, fused."""
+        scale, split, row["regions"] = row["scale"], row["split"], []
+        for phrase, boxes in row["pairs"]:
+            boxes = boxes if phrase else []
+            with reading(f"boxes {boxes} of {phrase!r}"):
+                fractions = np.array(boxes, float).reshape(-1, 4) / (*scale, *scale)
+            if scale == (1, 1) and (fractions > 2).any():
+                raise InputError(f"{phrase!r} has boxes {boxes}, expected fractions, got pixels")
+            inside = drop_degenerate(fractions.clip(0, 1).round(5).tolist())
+            fused = weighted_boxes_fusion(inside, self.iou) if self.iou < 1 else inside
+            reason = ("no text" if not phrase else "no box" if not boxes else
+                      "degenerate box" if not fused else None)
+            self.funnel.update([("pairs", why, split) for why in ("in", reason) if why])
+            self.funnel.update({("boxes", "in", split): len(boxes),
+                                ("boxes", "degenerate box", split): len(boxes) - len(inside),
+                                ("boxes", "merged", split): len(inside) - len(fused)})
+            if not reason:
+                fused = [[round(v, 5) for v in box] for box in fused]
+                row["regions"].append({"phrase": phrase, "boxes": fused})
 
     def finish(self, rows, published):
-        """Print the funnel and what is missing; write prepare.json, then manifest.jsonl.
-
+        """Make the regions, print the funnel and what is missing, write prepare.json and manifest.
         published: {"table reason": a count of the paper or of the data set's page}."""
+        for row in rows:
+            self.add_regions(row)
         for split in SPLITS:
             for name, n in count_rows(rows, split).items():
                 self.funnel["out", name, split] = n
-        tables = {}
-        for table in ("images", "pairs", "boxes", "out"):
-            reasons = dict.fromkeys(reason for t, reason, _ in self.funnel if t == table)
-            if reasons:
-                tables[table] = {reason: {s: self.funnel[table, reason, s] for s in SPLITS}
-                                 for reason in reasons}
+        tables = defaultdict(dict)
+        for table, reason, _ in self.funnel:
+            tables[table][reason] = {split: self.funnel[table, reason, split] for split in SPLITS}
         print(format_table([("", *SPLITS)] + [
             (f"{table} {reason}", *(f"{n:,}" for n in by_split.values()))
             for table, reasons in tables.items() for reason, by_split in reasons.items()]))
@@ -1119,7 +1026,7 @@ class Conversion:
         if not rows:
             raise InputError(f"{self.out}: no image is left, see the counts above; nothing written")
         write_json(self.out / "prepare.json", {
-            "command": self.command, "arguments": self.arguments, "lost": self.lost,
+            "command": self.arguments["command"], "arguments": self.arguments, "lost": self.lost,
             "funnel": tables, "published": published})
         def write_rows(draft):                                 # row by row: some sets are large
             with open(draft, "w") as file:
@@ -1144,8 +1051,7 @@ def count_rows(rows, split):
 
 # ---- converters: MIMIC-CXR -----------------------------------------------------------------------
 
-METHODS = ("gpt4", "rule-based")
-LLAVA_RAD = {"train": "chat_train_*.json", "val": "chat_dev_*.json", "test": "chat_test_*.json"}
+METHODS, DICE = ("gpt4", "rule-based"), "Dice RCA (Mean)"
 RATINGS = {"A++": ("A_frontal", "App"), "A+": ("A_frontal", "Ap"), "A": ("A_frontal", None),
            "B": ("B_frontal", None)}           # export, and its table of those rated so or better
 MIMIC_PATH = re.compile(r"(p\d+)/(s\d+)/([^/]+)\.jpg$")
@@ -1155,42 +1061,17 @@ MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
                    "out pairs": "394,835 (LoFi)"}
 
 
-def mimic_table(run, images, kind, loss, *columns):
-    """Rows of a table of MIMIC-CXR-JPG; without it none, and a note of what is lost."""
-    if not (Path(images) / "files").is_dir():
-        raise InputError(f"{images}: has no folder 'files'; --images expects the root of "
-                         "MIMIC-CXR-JPG (files/p10/p10000032/s50414267/ID.jpg)")
-    if path := find(images, f"mimic-cxr-2*-{kind}.csv*"):
-        return csv_rows(path, *columns)
-    run.lost.append(f"{loss} (no mimic-cxr-2.0.0-{kind}.csv.gz in {images})")
-    return []
-
-
-def mimic_splits(run, images, loss="the official splits"):
-    """{dicom id: split}."""
-    table = mimic_table(run, images, "split", loss, "dicom_id", "split")
-    return {row["dicom_id"]: official_split(row["split"], images) for row in table}
-
-
-def mimic_views(run, images):
-    """{dicom id: (view, (w, h))}; Columns and Rows, so that a tree of copies that were shrunk
-    before serves as well: boxes are in pixels of the originals."""
-    table = mimic_table(run, images, "metadata", "the official views and image sizes; LLaVA-Rad's "
-                        "and the files' are used", "dicom_id", "ViewPosition", "Columns", "Rows")
-    views = {}
-    with reading(images):
-        for row in table:
-            w, h = row["Columns"], row["Rows"]
-            views[row["dicom_id"]] = (sys.intern(row["ViewPosition"]),
-                                      (float(w), float(h)) if w and h else None)
-    return views
-
-
-def good_masks(path):
-    """Dicom ids of which CheXmask's table says that the masks, and so the image, are good."""
-    with reading(path):
-        return {row["dicom_id"] for row in csv_rows(path, "dicom_id", "Dice RCA (Mean)")
-                if row["Dice RCA (Mean)"] and float(row["Dice RCA (Mean)"]) >= 0.7}
+def mimic_table(run, images, kind, lost, *columns):
+    """{dicom id: its columns} of a table of MIMIC-CXR-JPG, or {} and a note of what is lost."""
+    if not os.path.isdir(f"{images}/files"):
+        raise InputError(f"{images}: has no files/; --images expects the root of MIMIC-CXR-JPG")
+    try:
+        path = find(images, lost, f"mimic-cxr-2*-{kind}.csv*")
+    except InputError as error:
+        run.lost.append(str(error))
+        return {}
+    return {row["dicom_id"]: [sys.intern(row[column]) for column in columns]
+            for row in csv_rows(path, "dicom_id", *columns)}
 
 
 def mimic_row(images, path, where):
@@ -1199,147 +1080,117 @@ def mimic_row(images, path, where):
         raise InputError(f"{where}: image {path!r}, expected .../p10000032/s50414267/ID.jpg")
     patient, study, dicom = found.groups()
     name = f"{patient[:3]}/{found[0]}"
-    return {"study": study, "patient": patient, "dicom": dicom, "name": name, "regions": [],
-            "report": "", "source": f"{images}/files/{name}"}
+    return {"study": study, "patient": patient, "dicom": dicom, "name": name,
+            "pairs": [], "report": "", "source": f"{images}/files/{name}"}
 
 
-def method_of(run, path, asked):
-    """The texts to take from a file: those asked for, or the others where it has none of them (the
-    test split has no gpt4 texts)."""
-    if any(entry.get("generate_method") == asked for entry in json_items(path)):
-        return asked
-    other = "rule-based" if asked == "gpt4" else "gpt4"
-    run.lost.append(f"{asked} texts of {path.name}, which has none: its {other} texts are used")
-    return other
-
-
-def mimic_report(entry):
-    """Findings and impression of an entry of LLaVA-Rad (Sec. 3.0.1), either may be missing."""
-    findings = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
-    return " ".join(filter(None, map(one_line, [*findings, entry.get("impression")])))
-
-
-def mimic_rows(run, path, method, images, default_split, tables):
+def mimic_rows(run, path, images, asked, split, tables):
     """Yield a row for each frontal image of good quality in a file of LLaVA-Rad, with its text."""
-    (splits, views, good), seen = tables, set()
+    (splits, views, good), method = tables, asked
+    if not any(entry.get("generate_method") == asked for entry in json_items(path)):
+        method = "rule-based" if asked == "gpt4" else "gpt4"
+        run.lost.append(f"{asked} texts of {path.name}: its {method} texts are used")
     for entry in tqdm(json_items(path), path.name, unit="item"):
         row = mimic_row(images, entry.get("image"), path)
-        dicom = row["dicom"]
-        view, row["scale"] = views.get(dicom, (entry.get("view"), None))
-        row["split"], row["report"] = splits.get(dicom, default_split), mimic_report(entry)
-        reason = ("other method" if entry.get("generate_method") != method else
-                  "view" if view not in ("PA", "AP") else
-                  "quality" if good is not None and dicom not in good else
-                  "no text" if not row["report"] else
-                  "repeated image" if dicom in seen else None)
-        if run.admit(row, reason):
-            seen.add(dicom)
+        # Findings and impression (Sec. 3.0.1); either may be missing.
+        texts = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
+        row["report"] = " ".join(filter(None, map(one_line, [*texts, entry.get("impression")])))
+        row["split"] = official_split(splits.get(row["dicom"], [split])[0], path)
+        # Sizes from the table, so that copies that were shrunk before serve as well: boxes are in
+        # pixels of the originals.
+        view, *size = views.get(row["dicom"], [entry.get("view")])
+        row["scale"] = tuple(map(float, size))
+        if run.admit(row, "other method" if entry.get("generate_method") != method else
+                     "view" if view not in ("PA", "AP") else
+                     "quality" if good is not None and row["dicom"] not in good else
+                     "no text" if not row["report"] else None):
             yield row
 
 
-def open_qba(root, rating):
-    """Question files of MIMIC-Ext-CXR-QBA -> members, and {study: ids of the questions rated so or
-    better}, None for all."""
-    export, table = RATINGS[rating]
-    folder = find(root, f"exports/{export}", export)
-    path = folder and find(folder, "qa.zip", "qa")
-    if not path:
-        raise InputError(f"{root}: no exports/{export}/qa.zip; --qba expects the root of "
-                         "MIMIC-Ext-CXR-QBA")
-    if not table:
-        return members(path, ".qa.json"), None
-    rated = find(folder, f"metadata/{table}/question_metadata.csv*")
-    if not rated:
-        raise InputError(f"{folder}: no metadata/{table}/question_metadata.csv.gz, the questions "
-                         f"that --rating {rating} keeps")
-    questions = defaultdict(set)
-    for row in csv_rows(rated, "study_id", "question_id"):
-        study = "s" + row["study_id"].removeprefix("s")
-        questions[study].add(sys.intern(row["question_id"]))
-    return members(path, ".qa.json"), questions
-
-
-def walk(answers, depth=0):
-    """Yield (answer, depth) of answers and, below them, their sub-answers."""
-    for answer in answers or []:
-        yield answer, depth
-        yield from walk(answer.get("sub_answers"), depth + 1)
-
-
-def study_regions(job):
+def study_pairs(job):
     """Text-box pairs of a study. Which answers give one, beside their rating, is not stated in the
     paper: here the top-level, positive ones drawn from the report, each text once an image.
 
-    job: (name, path or bytes of the questions, ids of those rated well or None for all, split,
-    {dicom id: (w, h)}, IoU of the fusion). -> {dicom id: {phrase: region}}, funnel."""
-    name, source, rated, split, scales, iou = job
-    regions, funnel = {dicom: {} for dicom in scales}, Counter()
-    try:
-        text = source if isinstance(source, bytes) else Path(source).read_bytes()
-        questions = json.loads(text).get("questions") or []
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{name}: not a file of questions ({error}); is the download complete?")
-    for question in questions:
-        for answer, depth in walk(question.get("answers")):
+    job: (path or bytes of the questions, ids of those rated well or None for all, split, dicom
+    ids). -> {dicom id: {phrase: boxes}}, funnel of the dropped."""
+    source, rated, split, dicoms = job
+    pairs, funnel = {dicom: {} for dicom in dicoms}, Counter()
+    text = source if isinstance(source, bytes) else Path(source).read_bytes()
+    for question in json.loads(text).get("questions") or []:
+        answers = [(answer, 0) for answer in question.get("answers") or []]
+        for answer, depth in answers:                          # which grows by the sub-answers
+            answers += [(below, depth + 1) for below in answer.get("sub_answers") or []]
             phrase = one_line(answer.get("text"))
-            for dicom in scales.keys() & (answer.get("localization") or {}).keys():
+            for dicom in pairs.keys() & (answer.get("localization") or {}).keys():
                 place = answer["localization"][dicom] or {}
                 reason = ("rating" if not (rated is None or question.get("question_id") in rated)
                           else "sub-answer" if depth
                           else "not positive" if answer.get("positiveness", "pos") != "pos"
                           else "not in report" if not answer.get("from_report", True)
                           else "fallback box" if place.get("is_fallback")
-                          else "repeated text" if phrase in regions[dicom] else None)
-                funnel["pairs", "in", split] += 1
+                          else "repeated text" if phrase in pairs[dicom]
+                          else "no text" if not phrase
+                          else "no box" if not place.get("bboxes") else None)
                 if reason:
-                    funnel["pairs", reason, split] += 1
-                elif region := make_region(phrase, place.get("bboxes") or [], scales[dicom], split,
-                                           funnel, iou):
-                    regions[dicom][phrase] = region
-    return regions, funnel
+                    funnel.update([("pairs", "in", split), ("pairs", reason, split)])
+                else:
+                    pairs[dicom][phrase] = place["bboxes"]
+    return pairs, funnel
 
 
-def add_qba(run, rows, files, rated, iou):
-    """Give rows the text-box pairs of their studies."""
-    (names, take), studies = files, defaultdict(list)
+def add_pairs(run, rows, names, take, rated):
+    """Give rows the text-box pairs of their studies from the files of questions."""
+    studies = defaultdict(list)
     for row in rows:
         studies[row["study"]].append(row)
     found = [study for study in studies if f"{study}.qa.json" in names]
     if len(found) < len(studies):
-        run.lost.append(f"text-box pairs of {len(studies) - len(found):,} studies that have no "
-                        "questions")
-    jobs = ((study, take(names[f"{study}.qa.json"]), rated and rated.get(study, ()),
-             studies[study][0]["split"], {row["dicom"]: row["scale"] for row in studies[study]},
-             iou) for study in found)
-    results = tqdm(map_processes(study_regions, jobs, run.workers), "boxes", len(found),
-                   unit="study")
-    for (regions, counts), study in zip(results, found):
+        run.lost.append(f"pairs of {len(studies) - len(found):,} studies that have no questions")
+    jobs = ((take(names[f"{study}.qa.json"]), rated and rated.get(study, ()),
+             studies[study][0]["split"], [row["dicom"] for row in studies[study]])
+            for study in found)
+    results = map_processes(study_pairs, jobs, run.workers)
+    for study in tqdm(found, "boxes", unit="study"):
+        with reading(names[f"{study}.qa.json"]):
+            pairs, counts = next(results)
         run.funnel.update(counts)
         for row in studies[study]:
-            row["regions"] = list(regions[row["dicom"]].values())
+            row["pairs"] = list(pairs[row["dicom"]].items())
 
 
 def prepare_mimic_cxr(args):
     """MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA -> a manifest (Sec. 3.0.1)."""
-    run, rows = Conversion(args), []
-    texts = {split: find(args.llava_rad, pattern) for split, pattern in LLAVA_RAD.items()}
-    for split, path in texts.items():                          # wrong folders are said at once
-        if not path:
-            raise InputError(f"{args.llava_rad}: no {LLAVA_RAD[split]}; --llava-rad expects the "
-                             "folder of the LLaVA-Rad MIMIC-CXR annotations")
-    qba = open_qba(args.qba, args.rating) if args.qba else None
-    tables = (mimic_splits(run, args.images), mimic_views(run, args.images),
-              good_masks(args.chexmask) if args.chexmask else None)
-    for split, path in texts.items():
-        method = method_of(run, path, args.method)
-        rows += mimic_rows(run, path, method, args.images, split, tables)
-    rows = run.prepare_images(rows)
-    if qba:
-        add_qba(run, rows, *qba, args.wbf_iou)
-    if not args.chexmask:
-        run.lost.append("the quality filter of images (no --chexmask)")
-    if not qba:
+    run, rows, good = Conversion(args), [], None
+    texts = {split: find(args.llava_rad, "--llava-rad expects the folder of LLaVA-Rad's "
+                         "annotations", f"chat_{name}_*.json")
+             for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))}
+    if args.qba:                                               # wrong folders are said at once
+        (export, table), expected = RATINGS[args.rating], "--qba expects MIMIC-Ext-CXR-QBA's root"
+        folder = find(args.qba, expected, f"exports/{export}", export)
+        questions = members(find(folder, expected, "qa.zip", "qa"), ".qa.json")
+        rated = defaultdict(set) if table else None            # {study: ids of its questions}
+        if table:
+            path = find(folder, f"--rating {args.rating} needs it",
+                        f"metadata/{table}/question_metadata.csv*")
+            for row in csv_rows(path, "study_id", "question_id"):
+                rated["s" + row["study_id"].removeprefix("s")].add(sys.intern(row["question_id"]))
+    else:
         run.lost.append("text-box pairs, so grounding and dense captioning (no --qba)")
+    splits = mimic_table(run, args.images, "split", "the official splits are not used", "split")
+    views = mimic_table(run, args.images, "metadata", "the official views and sizes are not used",
+                        "ViewPosition", "Columns", "Rows")
+    if args.chexmask:
+        with reading(args.chexmask):
+            good = {row["dicom_id"] for row in csv_rows(args.chexmask, "dicom_id", DICE)
+                    if float(row[DICE] or 0) >= 0.7}
+    else:
+        run.lost.append("the quality filter of images (no --chexmask)")
+    for split, path in texts.items():
+        with reading(path):
+            rows += mimic_rows(run, path, args.images, args.method, split, (splits, views, good))
+    rows = run.prepare_images(rows)
+    if args.qba:
+        add_pairs(run, rows, *questions, rated)
     run.finish(rows, MIMIC_PUBLISHED)
 
 
@@ -1350,110 +1201,83 @@ PADCHEST_PUBLISHED = {"images in": "4,555", "out boxed images": "2,404 of the po
 MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
 
 
-def padchest_splits(run, table, official_val):
-    """{ImageID: (split, patient)}. The paper's pool is train + validation: both are "train" here,
-    unless official_val."""
-    if not table:
-        run.lost.append("splits and patients, all rows are of train (no --table)")
-        return {}
-    splits = {}
-    for row in csv_rows(table, "ImageID", "split", "PatientID"):
-        split = official_split(row["split"], table)
-        pooled = "train" if split == "val" and not official_val else split
-        splits[row["ImageID"]] = pooled, row["PatientID"]
-    return splits
-
-
-def padchest_rows(run, reports, names, splits):
-    """Yield a row a study of the grounded reports: all its sentences, and the boxed as pairs."""
-    for entry in tqdm(json_items(reports), Path(reports).name, unit="item"):
-        image = str(entry.get("ImageID"))
-        study = str(entry.get("StudyID") or image)
-        split, patient = splits.get(image, ("train", study))
-        pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or [])
-                 for f in entry.get("findings") or []]
-        sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
-        reason = ("not in table" if splits and image not in splits else
-                  "no text" if not sentences else "no image" if image not in names else None)
-        row = {"study": study, "patient": patient or study, "split": split,
-               "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
-               "name": f"{Path(image).stem}.jpg", "source": names.get(image)}
-        if run.admit(row, reason):
-            yield row
-
-
 def prepare_padchest_gr(args):
-    """PadChest-GR -> a manifest (Sec. 3.0.1)."""
-    run = Conversion(args)
+    """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs."""
+    run, splits, rows = Conversion(args), {}, []
     names, take = members(args.images, ".png")
     if not args.size and not Path(args.images).is_dir():
-        raise InputError(f"{args.images}: --size 0 keeps the originals, which cannot stay inside a "
-                         "zip; unzip it and give the folder, or give a --size")
-    splits = padchest_splits(run, args.table, args.official_val)
-    rows = run.prepare_images(list(padchest_rows(run, args.reports, names, splits)), take)
-    run.add_regions(rows)
-    run.finish(rows, PADCHEST_PUBLISHED)
-
-
-def ms_cxr_rows(run, images, table, splits):
-    """Rows of MS-CXR, an image each; its table has a line a box, in x, y, width and height."""
-    rows, boxes_of = {}, defaultdict(list)
-    columns = ("path", "category_name", "label_text", "image_width", "image_height", *"xywh")
-    for line in csv_rows(table, *columns):
-        row, path = mimic_row(images, line["path"], table), line["path"]
-        row["split"] = official_split(line.get("split") or splits.get(row["dicom"], "test"), table)
-        with reading(table):
-            x, y, w, h = (float(line[key]) for key in "xywh")
-            row["scale"] = float(line["image_width"]), float(line["image_height"])
-        rows.setdefault(path, row)
-        pair = path, line["category_name"], one_line(line["label_text"])
-        boxes_of[pair].append([x, y, x + w, y + h])
-    for (path, _, phrase), boxes in boxes_of.items():
-        rows[path].setdefault("pairs", []).append((phrase, boxes))
-    return [row for row in rows.values() if run.admit(row, None)]
+        raise InputError(f"{args.images}: --size 0 cannot keep originals inside a zip; unzip it "
+                         "and give the folder, or give a --size")
+    if not args.table:
+        run.lost.append("splits and patients, all rows are of train (no --table)")
+    for row in csv_rows(args.table, "ImageID", "split", "PatientID") if args.table else []:
+        split = official_split(row["split"], args.table)
+        # The paper's pool is train and validation.
+        pooled = "train" if split == "val" and not args.official_val else split
+        splits[row["ImageID"]] = pooled, row["PatientID"]
+    with reading(args.reports):
+        for entry in tqdm(json_items(args.reports), Path(args.reports).name, unit="item"):
+            image = str(entry.get("ImageID"))
+            study = str(entry.get("StudyID") or image)
+            split, patient = splits.get(image, ("train", study))
+            pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or [])
+                     for f in entry.get("findings") or []]
+            sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
+            row = {"study": study, "patient": patient or study, "split": split,
+                   "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
+                   "name": f"{Path(image).stem}.jpg", "source": names.get(image)}
+            if run.admit(row, "not in table" if splits and image not in splits else
+                         "no text" if not sentences else
+                         "no image" if image not in names else None):
+                rows.append(row)
+    run.finish(run.prepare_images(rows, take), PADCHEST_PUBLISHED)
 
 
 def prepare_ms_cxr(args):
-    """MS-CXR -> a manifest: phrases and boxes, no reports."""
-    run = Conversion(args)
-    splits = mimic_splits(run, args.images, "splits, all rows without one are of test")
-    rows = run.prepare_images(ms_cxr_rows(run, args.images, args.table, splits))
-    run.add_regions(rows)
-    run.finish(rows, MS_CXR_PUBLISHED)
+    """MS-CXR -> a manifest: phrases and boxes, no reports. Its table has a line a box."""
+    run, rows, boxes = Conversion(args), {}, defaultdict(list)
+    splits = mimic_table(run, args.images, "split", "rows without a split are of test", "split")
+    with reading(args.table):
+        for line in csv_rows(args.table, "path", "category_name", "label_text", "image_width",
+                             "image_height", *"xywh"):
+            row = mimic_row(args.images, line["path"], args.table)
+            name, phrase = row["name"], one_line(line["label_text"])
+            split = line.get("split") or splits.get(row["dicom"], ["test"])[0]
+            row["split"] = official_split(split, args.table)
+            row["scale"] = float(line["image_width"]), float(line["image_height"])
+            x, y, w, h = (float(line[key]) for key in "xywh")
+            boxes[name, line["category_name"], phrase].append([x, y, x + w, y + h])
+            rows.setdefault(name, row)
+    for (name, _, phrase), found in boxes.items():
+        rows[name]["pairs"].append((phrase, found))
+    run.finish(run.prepare_images(list(filter(run.admit, rows.values()))), MS_CXR_PUBLISHED)
 
 
 # ---- converters: the open COVID-19 image data collection (not in the paper) ----------------------
 
-COVID_VIEWS = ("PA", "AP", "AP Supine", "APS")
 LUNGS = {1: "Right lung.", 2: "Left lung."}                    # by the annotations' category
 NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 
 
-def lung_pairs(path):
-    """{file name: ([(phrase, boxes in pixels)], (width, height))} of the lung annotations (COCO).
-    Of two boxes the patient's right lung is the one further left; a single one needs a category."""
-    found, pairs = defaultdict(list), {}
-    with open_text(path) as text:
+def prepare_covid_cxr(args):
+    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
+    run, rows, found, lungs = Conversion(args), [], defaultdict(list), {}
+    annotations = args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json"
+    with open_text(annotations) as text:
         coco = json.load(text)
         for note in coco["annotations"]:
             if None not in note["bbox"]:                       # some are empty
                 x, y, w, h = note["bbox"]
                 found[note["image_id"]].append(([x, y, x + w, y + h], note.get("category_id")))
         for image in coco["images"]:
-            boxes, phrases = found[image["id"]], defaultdict(list)
-            if len(boxes) == 2:
-                boxes = zip(sorted(box for box, _ in boxes), LUNGS)
-            for box, category in boxes:
-                phrases[LUNGS.get(category)].append(box)
-            if phrases:
-                pairs[image["file_name"]] = list(phrases.items()), (image["width"], image["height"])
-    return pairs
-
-
-def covid_rows(run, repo, lungs):
-    """Yield a row for each frontal X-ray of metadata.csv, in its late and its early spelling."""
-    seen = set()
-    for line in csv_rows(repo / "metadata.csv", "filename", "view", "license", ragged=True):
+            if boxes := found[image["id"]]:
+                # Of two boxes the patient's right lung is the one further left.
+                if len(boxes) == 2:
+                    boxes = zip(sorted(box for box, _ in boxes), LUNGS)
+                pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
+                lungs[image["file_name"]] = pairs, (image["width"], image["height"])
+    for line in csv_rows(args.repo / "metadata.csv", "filename", "view", "license", ragged=True):
+        # Early releases have other capitals, spaces and fewer columns.
         line = defaultdict(str, {str(key).strip().lower().replace(" ", "_"): one_line(value)
                                  for key, value in line.items()})
         name, report = line["filename"], line["clinical_notes"] or line["notes"]
@@ -1462,29 +1286,20 @@ def covid_rows(run, repo, lungs):
         row = {"study": f"{patient}-{zlib.crc32(report.encode()):08x}",        # a note, a study
                "patient": patient, "report": report, "pairs": pairs, "scale": scale,
                "split": "train" if zlib.crc32(patient.encode()) % 5 else "test",
-               "source": repo / (line["folder"] or "images") / name,
+               "source": args.repo / (line["folder"] or "images") / name,
                "name": name.removesuffix(".jpg") + ".jpg", "licence": (name, licence, line["url"])}
         if run.admit(row, "not X-ray" if line["modality"].lower() not in ("", "x-ray") else
-                     "view" if line["view"] not in COVID_VIEWS else
+                     "view" if line["view"] not in ("PA", "AP", "AP Supine", "APS") else
                      "licence" if NO_DERIVATIVES.search(licence) else
-                     "no text" if not (report or pairs) else
-                     "repeated image" if name in seen else None):
-            seen.add(name)
-            yield row
-
-
-def prepare_covid_cxr(args):
-    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
-    run = Conversion(args)
-    lungs = lung_pairs(args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json")
-    rows = run.prepare_images(list(covid_rows(run, args.repo, lungs)))
-    run.add_regions(rows)
-    licences = io.StringIO()
+                     "no text" if not (report or pairs) else None):
+            rows.append(row)
+    rows = run.prepare_images(rows)
+    run.finish(rows, {})
+    licences = io.StringIO(newline="")
     csv.writer(licences).writerows([("image", "original_file", "licence", "source")] + [
         (row["image"], *row["licence"]) for row in rows])
-    run.finish(rows, {})
-    write_file(args.out / "LICENSES.csv", lambda draft: draft.write_text(
-        licences.getvalue(), encoding="utf-8", newline=""))
+    write_file(args.out / "LICENSES.csv",
+               lambda draft: draft.write_bytes(licences.getvalue().encode()))
 
 
 # ---- check ---------------------------------------------------------------------------------------
@@ -1501,21 +1316,16 @@ def manifest_notes(rows):
               "boxes of almost no area, dropped when read":
                   len(boxes) - len(drop_degenerate(boxes))}
     notes = [f"{words}: {n:,}" for words, n in counts.items() if n]
-    notes += unknown_keys(rows, ROW_KEYS) + unknown_keys(regions, REGION_KEYS)
+    for things, known in ((rows, (*ROW_KEYS, "path")), (regions, ("phrase", "boxes"))):
+        for key, n in Counter(key for thing in things for key in thing if key not in known).items():
+            meant = "".join(f"; is {k!r} meant?" for k in difflib.get_close_matches(key, known, 1))
+            notes.append(f"unknown key {key!r}, not read: {n:,}{meant}")
     notes += [f"no rows of split {split!r}" for split in ("val", "test") if not patients[split]]
     for first, second in itertools.combinations(SPLITS, 2):
         if shared := patients[first] & patients[second]:
             notes.append(f"patients both in {first} and in {second}, so scores mislead: "
                          f"{len(shared):,}, such as {min(shared)!r}")
     return notes
-
-
-def unknown_keys(objects, known):
-    """A line for each key that nothing reads; it may be a misspelt one."""
-    counts = Counter(key for thing in objects for key in thing if key not in (*known, "path"))
-    close = {key: difflib.get_close_matches(key, known, 1) for key in counts}
-    return [f"unknown key {key!r}, not read: {n:,}"
-            + (f"; is {close[key][0]!r} meant?" if close[key] else "") for key, n in counts.items()]
 
 
 def check(data, png):
@@ -1525,21 +1335,16 @@ def check(data, png):
     scanned = list(scan_manifest(data))
     if not scanned:
         raise InputError(f"{path}: no rows")
-    if Path(png).exists():
-        images = [path.parent / row["image"] for _, row, problem in scanned if not problem]
-        check_output(png, [path, *images])
+    check_output(png, [path] + [path.parent / row["image"] for _, row, bad in scanned if not bad])
     for number, row, problem in tqdm(scanned, "check", unit="row"):
-        if not problem:
-            row = {**row, "path": str(path.parent / row["image"]), "report": row.get("report"),
-                   "regions": row.get("regions") or []}
-            try:
-                image = load_image(row["path"], 64)
-            except InputError as error:
-                problem = str(error)
-        if problem:
-            tqdm.write(f"{path}:{number}: {problem}")
+        try:
+            if problem:
+                raise InputError(problem)
+            image = load_image(path.parent / row["image"], 64)
+        except InputError as error:
+            tqdm.write(f"{path}:{number}: {error}")
             continue
-        rows.append(row)
+        rows.append({**row, "report": row.get("report"), "regions": row.get("regions") or []})
         low, high = image.getextrema()
         n_flat += low == high
         pictures.add(hash(image.tobytes()))
@@ -1549,114 +1354,94 @@ def check(data, png):
              "images that look the same as another row's": len(rows) - len(pictures)}
     for note in [f"{words}: {n:,}" for words, n in looks.items() if n] + manifest_notes(rows):
         print(f"note: {note}")
-    if rows:
-        draw_sheet(rows, png)
-    n_problems = len(scanned) - len(rows)
-    print(f"{n_problems} problems in {len(scanned)} rows")
-    return n_problems
-
-
-def draw_sheet(rows, png):
-    """Draw eight rows with boxes, from all over the set, on one sheet."""
-    boxed = [row for row in rows if row["regions"]] or rows
-    images = []
-    for row in boxed[::max(1, len(boxed) // 8)][:8]:
-        images.append(load_image(row["path"], 320).convert("RGB"))
+    boxed, images = [row for row in rows if row["regions"]] or rows, []
+    for row in boxed[::max(1, len(boxed) // 8)][:8]:           # from all over the set
+        images.append(load_image(path.parent / row["image"], 320).convert("RGB"))
         draw_boxes(images[-1], row["regions"])
-    write_file(png, lambda draft: tile(images, 4).save(draft, "PNG"))
-    print(f"drew {png}: check that the boxes are where the phrases say")
+    if images:
+        write_file(png, lambda draft: tile(images, 4).save(draft, "PNG"))
+        print(f"drew {png}: check that the boxes are where the phrases say")
+    print(f"{len(scanned) - len(rows)} problems in {len(scanned)} rows")
+    return len(scanned) - len(rows)
 
 
 # ---- command line --------------------------------------------------------------------------------
+
+CONVERTERS = {"mimic-cxr": prepare_mimic_cxr, "padchest-gr": prepare_padchest_gr,
+              "ms-cxr": prepare_ms_cxr, "covid-cxr": prepare_covid_cxr}
+
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description="Make and check data sets of manifest.jsonl rows (see the top of data.py).")
     commands = parser.add_subparsers(dest="command", required=True)
-    defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    command = commands.add_parser("phantom", **defaults, help="draw chest X-rays with findings, "
-                                  "reports and boxes")
-    command.add_argument("out", help="folder to write; an existing one is not touched")
+
+    def command(name, words):
+        added = commands.add_parser(name, help=words, description=words)
+        if name in CONVERTERS:
+            add = added.add_argument_group("output").add_argument
+            add("--out", required=True, type=Path, metavar="DIR", help="folder for manifest.jsonl, "
+                "prepare.json (the counts) and images; an interrupted run continues in it")
+            add("--size", type=int, default=512, metavar="PX", help="short side of the JPEGs made, "
+                "none enlarged (default: %(default)s, Sec. 2.0.4); 0 keeps the originals in place")
+            add("--workers", type=int, default=min(8, os.cpu_count()), metavar="N",
+                help="processes that decode and parse (default: the CPUs, at most 8)")
+        return added.add_argument
+
+    add = command("phantom", "draw chest X-rays with findings, reports and boxes")
+    add("out", help="folder to write; an existing one is not touched")
     for split, n in PHANTOM_SIZES.items():
-        command.add_argument(f"--{split}", type=int, default=n, metavar="N",
-                             help=f"images of the {split} split")
-    command.add_argument("--seed", type=int, default=0, help="the same seed draws the same images")
-    add_mimic_flags(add_converter(commands, "mimic-cxr", prepare_mimic_cxr, "images of MIMIC-CXR-"
-                                  "JPG, texts of LLaVA-Rad, boxes of MIMIC-Ext-CXR-QBA"))
-    add_padchest_flags(add_converter(commands, "padchest-gr", prepare_padchest_gr,
-                                     "images, sentences and boxes of PadChest-GR"))
-    add = add_converter(commands, "ms-cxr", prepare_ms_cxr,
-                        "images of MIMIC-CXR-JPG, phrases and boxes of MS-CXR")
-    add("--images", required=True, metavar="DIR", help=MIMIC_ROOT)
-    add("--table", required=True, metavar="CSV",
-        help="MS_CXR_Local_Alignment_v*.csv; rows without a split there have MIMIC's")
-    add = add_converter(commands, "covid-cxr", prepare_covid_cxr, "X-rays, clinical notes and lung "
-                        "boxes of the open COVID-19 image data collection")
-    add("--repo", required=True, type=Path, metavar="DIR",
-        help="a clone of https://github.com/ieee8023/covid-chestxray-dataset")
-    command = commands.add_parser("check", **defaults, help="read every row and image, count, draw "
-                                  "eight rows with boxes")
-    command.add_argument("data", help="folder with manifest.jsonl, or that file")
-    command.add_argument("--png", default="runs/check.png", help="where to draw")
-    return parser.parse_args()
+        add(f"--{split}", type=int, default=n, metavar="N", help=f"of split {split} (default: {n})")
+    add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
 
-
-def add_converter(commands, name, prepare, words):
-    """A converter's command with the flags that all share -> the function that adds its own."""
-    command = commands.add_parser(name, help=f"{words} -> a manifest", description=f"{words} -> a "
-                                  "manifest. The archives are read where they are; the README "
-                                  "says where to get them.")
-    command.set_defaults(run=prepare)
-    sources, output = map(command.add_argument_group, ("sources and choices", "output"))
-    output.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for "
-                        "manifest.jsonl, prepare.json (the counts) and the images; given again "
-                        "after an interruption, it continues where it was")
-    output.add_argument("--size", type=int, default=512, metavar="PX", help="short side of the "
-                        "images written, 8-bit JPEG, proportions kept, none enlarged; 0 "
-                        "keeps the originals where they are and writes none (default: 512, the "
-                        "encoder's input, Sec. 2.0.4)")
-    output.add_argument("--workers", type=int, default=min(8, os.cpu_count()), metavar="N",
-                        help="processes that decode and parse (default: the CPUs, at most 8)")
-    return sources.add_argument
-
-
-MIMIC_ROOT = "root of MIMIC-CXR-JPG: files/, and if there the split and metadata csv.gz"
-
-
-def add_mimic_flags(add):
-    add("--images", required=True, metavar="DIR", help=MIMIC_ROOT)
+    add = command("mimic-cxr", "images of MIMIC-CXR-JPG, texts of LLaVA-Rad, boxes of "
+                  "MIMIC-Ext-CXR-QBA -> a manifest")
+    mimic_root = "root of MIMIC-CXR-JPG: files/, and if there the split and metadata csv.gz"
+    add("--images", required=True, metavar="DIR", help=mimic_root)
     add("--llava-rad", required=True, metavar="DIR",
         help="folder of the LLaVA-Rad annotations: chat_{train,dev,test}_*.json")
-    add("--qba", metavar="DIR", help="root of MIMIC-Ext-CXR-QBA, with exports/A_frontal (default: "
-        "none, so no boxes)")
-    add("--chexmask", metavar="FILE", help="CheXmask's MIMIC-CXR-JPG.csv, or .gz: images with Dice "
-        "RCA (Mean) below 0.7 are dropped (default: none, so all are kept)")
-    add("--method", choices=METHODS, default=METHODS[0], help="which texts of LLaVA-Rad; where a "
-        "file has none of them, the others are used and it is said (default: %(default)s, an "
-        "LLM's, Sec. 3.0.1)")
-    add("--rating", choices=RATINGS, default="A++", help="least rating of a text-box pair's "
-        "question (default: %(default)s, Sec. 3.0.1)")
+    add("--qba", metavar="DIR",
+        help="root of MIMIC-Ext-CXR-QBA, with exports/A_frontal (default: none, so no boxes)")
+    add("--chexmask", metavar="FILE", help="CheXmask's MIMIC-CXR-JPG.csv, or .gz: images below 0.7 "
+        "in Dice RCA (Mean) are dropped (default: none, so all are kept)")
+    add("--method", choices=METHODS, default=METHODS[0], help="which texts of LLaVA-Rad; a file "
+        "without them gives its others (default: %(default)s, an LLM's, Sec. 3.0.1)")
+    add("--rating", choices=RATINGS, default="A++",
+        help="least rating of a text-box pair's question (default: %(default)s, Sec. 3.0.1)")
     add("--wbf-iou", type=float, default=0.1, metavar="IOU", help="boxes of a sentence that "
-        "overlap more are fused into their mean, 0 to 1 (default: %(default)s, of the authors' "
-        "later code; not stated in the paper)")
+        "overlap more are fused (default: %(default)s, not stated in the paper)")
 
-
-def add_padchest_flags(add):
+    add = command("padchest-gr", "images, sentences and boxes of PadChest-GR -> a manifest")
     add("--images", required=True, metavar="DIR_OR_ZIP",
         help="the 16-bit PNGs, in a folder (of any depth) or a zip")
     add("--reports", required=True, metavar="JSON", help="grounded_reports_20240819.json")
     add("--table", metavar="CSV", help="master_table.csv, or .csv.zip: splits and patients "
         "(default: none, so all rows are of train)")
-    add("--official-val", action="store_true", help="keep the validation split as val (default: it "
-        "is of train, as the paper's pool of 2,404 X-rays is train and validation, Sec. 3.0.1)")
+    add("--official-val", action="store_true", help="keep the validation split as val (default: "
+        "train, as the paper's pool is train and validation, Sec. 3.0.1)")
+
+    add = command("ms-cxr", "images of MIMIC-CXR-JPG, phrases and boxes of MS-CXR -> a manifest")
+    add("--images", required=True, metavar="DIR", help=mimic_root)
+    add("--table", required=True, metavar="CSV",
+        help="MS_CXR_Local_Alignment_v*.csv; rows without a split there have MIMIC's")
+
+    add = command("covid-cxr", "X-rays, clinical notes and lung boxes of the open COVID-19 image "
+                  "data collection -> a manifest")
+    add("--repo", required=True, type=Path, metavar="DIR",
+        help="a clone of https://github.com/ieee8023/covid-chestxray-dataset")
+
+    add = command("check", "read every row and image, count, draw eight rows with boxes")
+    add("data", help="folder with manifest.jsonl, or that file")
+    add("--png", default="runs/check.png", help="where to draw (default: %(default)s)")
+    return parser.parse_args()
 
 
 def main(args=None):
     args = args or parse_args()
     if args.command == "check":
         sys.exit(1 if check(args.data, args.png) else 0)
-    if args.command != "phantom":
-        return args.run(args)
+    if args.command in CONVERTERS:
+        return CONVERTERS[args.command](args)
     if os.path.lexists(args.out):
         raise InputError(f"{args.out}: exists already; choose a new folder")
     make_phantom(args.out, {split: getattr(args, split) for split in SPLITS}, args.seed)

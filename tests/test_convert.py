@@ -545,16 +545,17 @@ def test_covid_manifest_is_the_one_written_by_hand(monkeypatch, tmp_path, early)
         (row["image"], "CC BY-NC-SA" if n == 0 else "unstated") for n, row in enumerate(rows)]
 
 
-def test_covid_patients_keep_their_split():
+def test_covid_patients_keep_their_split(monkeypatch, tmp_path):
     """Guards: a split by Python's hash, which changes with the process, or of other shares."""
-    class Run:
-        def admit(self, row, reason):
-            return True
-    table = [{"filename": f"{n}.jpg", "view": "PA", "license": "", "patientid": str(n)}
-             for n in range(500)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "csv_rows", lambda *_, **__: table)
-        splits = [row["split"] for row in data.covid_rows(Run(), Path("r"), {})]
+    command = covid_tree(tmp_path)
+    image = (tmp_path / "repo" / "images" / "a.jpg").read_bytes()
+    for n in range(500):
+        (tmp_path / "repo" / "images" / f"{n}.jpg").write_bytes(image)
+    write_table(tmp_path / "repo" / "metadata.csv", ["filename", "view", "license", "patientid",
+                                                     "notes"],
+                [[f"{n}.jpg", "PA", "", str(n), "A note."] for n in range(500)])
+    rows, _ = convert(monkeypatch, command, "--size", 0)
+    splits = [row["split"] for row in rows]
     assert 80 <= splits.count("test") <= 120 and splits.count("train") == 500 - splits.count("test")
     assert [n for n in range(20) if splits[n] == "test"] == [6, 12]
 

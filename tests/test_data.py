@@ -473,7 +473,7 @@ def test_phantom_says_how_the_body_lies():
                                 ((.62, .38), 1.06, "Close view, chest high and left.")):
         canvas = data.Canvas(np.random.default_rng(0), 96)
         canvas.centre, canvas.scale = np.array(centre), np.array([width, width]) / 2
-        canvas.add(canvas.mask([(-1, -1), (1, -1), (1, 1), (-1, 1)]), 100)
+        canvas.pixels += canvas.mask([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 100
         assert canvas.position() == said
         y, x = np.nonzero(canvas.pixels > 100)
         widths.append(np.ptp(x))
@@ -486,11 +486,11 @@ def test_phantom_says_how_the_body_lies():
 def test_phantom_findings_are_where_their_boxes_say():
     """Guards: a box that misses its finding, sides swapped (the patient's left is the picture's
     right)."""
-    for kind, sign in (("draw_nodule", 1), ("draw_pacemaker", 1), ("draw_pneumothorax", -1)):
+    for kind, sign in (("nodule", 1), ("pacemaker", 1), ("pneumothorax", -1)):
         for side in ("left", "right"):
             canvas = data.Canvas(np.random.default_rng(3), 160)
             before = canvas.pixels.copy()
-            outline = getattr(data, kind)(canvas, side, "mid", 0.4)
+            outline = data.draw_finding(canvas, kind, side, "mid", 0.4)
             changed = sign * (canvas.pixels - before) > 20
             y, x = np.nonzero(changed)
             box = canvas.box(outline)
@@ -498,7 +498,7 @@ def test_phantom_findings_are_where_their_boxes_say():
             assert (cx > canvas.centre[0]) == (side == "left")
             inside = ((x / 160 > box[0] - .02) & (x / 160 < box[2] + .02)
                       & (y / 160 > box[1] - .02) & (y / 160 < box[3] + .02))
-            least = 0.6 if kind == "draw_pacemaker" else 0.95       # the lead leaves the box
+            least = 0.6 if kind == "pacemaker" else 0.95       # the lead leaves the box
             assert inside.mean() > least
 
 
