@@ -6,6 +6,8 @@ import functools
 import importlib
 import io
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -88,6 +90,19 @@ def help_of(script, command):
           contextlib.suppress(SystemExit)):
         importlib.import_module(script.removesuffix(".py").replace("tests/", "")).main()
     return text.getvalue()
+
+
+@pytest.mark.parametrize("flag, code", [("--help", 0), ("--no-such-flag", 2)])
+@pytest.mark.parametrize("script", ["train.py", "retrieve.py", "icl_ground.py", "metrics.py",
+                                    "model.py", "data.py"])
+def test_help_and_a_wrong_flag_answer_before_the_slow_imports(script, flag, code):
+    """Guards: seconds of importing torch and transformers before a usage error."""
+    ends = ("import runpy, sys\n"
+            f"sys.argv = [{script!r}, {flag!r}]\n"
+            f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+            "except SystemExit as end: print(end.code or 0, 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", ends], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{code} False", done.stdout + done.stderr
 
 
 def test_commands_name_scripts_and_flags_that_exist():

