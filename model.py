@@ -140,7 +140,7 @@ TINY = Config(                          # for a few hundred images on a CPU
                  initializer_range=0.08, hidden_activation="silu", max_position_embeddings=1024))
 # For the phantom: its images are many, so none is augmented; its reports have up to four sentences.
 PHANTOM = dataclasses.replace(
-    TINY, batch_size=32, augment=0.0, text=dict(TINY.text, max_position_embeddings=34))
+    TINY, steps=1400, batch_size=32, augment=0.0, text=dict(TINY.text, max_position_embeddings=34))
 PRESETS = {"paper": PAPER, "tiny": TINY}
 
 # LoRA on the encoder layers alone: the suffix "out_proj" would also wrap the pooling head's, where

@@ -67,14 +67,13 @@ def parse_args():
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of "
-        "autocast; auto: bf16, fp16 on a GPU without bf16; on a CPU fp32, or bf16 for the tiny "
-        "preset if the CPU computes in it (default: auto)")
+        "autocast; auto: bf16, fp16 on a GPU without bf16, fp32 on a CPU (default: auto)")
     add("--grad-checkpoint", action="store_true",
         help="recompute activations in the backward pass: less memory, about a third slower")
     add("--compile", action="store_true", help="torch.compile the layers of towers and LLM: "
         "minutes at the start, then faster steps")
-    add("--workers", type=int, metavar="N", help="processes that decode images (default: 1 if the "
-        "preset keeps decoded images in memory, else one a core, at most 4)")
+    add("--workers", type=int, metavar="N", help="processes that decode images (default: one a "
+        "core, at most 4; if the preset keeps decoded images in memory 1, without augmentation 0)")
     add("--save-every", type=int, default=500, metavar="N",
         help="steps between checkpoints, each with the losses on val (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, order and draws (default: %(default)s)")
@@ -148,16 +147,14 @@ def learning_rate(step, steps, config):
     return config.lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def choose_precision(name, device, config):
+def choose_precision(name, device):
     """--precision -> the autocast type; float32 means none."""
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":
         return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
                 else torch.float16)
-    # the miniature, which trains from scratch, takes bfloat16 where the CPU computes in it
-    has_bf16 = not config.lora_rank and torch.cpu.get_capabilities().get("avx512_bf16")
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.float32
 
 
 def build_optimizers(model, config):
@@ -708,6 +705,7 @@ def main(args=None):
     device = find_device(args.device)
     rank, world = join_processes(device)
     torch.manual_seed(args.seed)
+    precision = choose_precision(args.precision, device)
 
     # data
     path = args.data or phantom_folder(args.dry_run, rank)
@@ -737,10 +735,7 @@ def main(args=None):
     for part in (model.siglip, model.llm) if args.grad_checkpoint else ():
         part.gradient_checkpointing_enable({"use_reentrant": False})
 
-    # precision, optimizer, schedule, checkpoint
-    precision = choose_precision(args.precision, device, config)
-    if device.type == "cpu" and precision == torch.bfloat16:
-        torch.backends.cuda.enable_flash_sdp(False)            # slow backward pass on a CPU
+    # optimizer, schedule, checkpoint
     per_epoch = batches_per_epoch(len(rows), batch_size, args.objectives, world)
     limits = [config.steps, config.epochs and math.ceil(config.epochs * per_epoch
                                                         / args.accumulate)]
@@ -759,11 +754,12 @@ def main(args=None):
     dataset, collate = build_dataset(model, rows, args.objectives, args.seed, config.augment)
     keys = batches(len(rows), batch_size, per_epoch, args.seed, first * args.accumulate,
                    steps * args.accumulate, rank, world)
-    workers = (1 if config.cache else min(4, os.cpu_count())) if args.workers is None \
-        else args.workers
+    # a worker beside small towers takes a core from them: only augmentation is worth one
+    workers = int(config.augment > 0) if config.cache else min(4, os.cpu_count())
     loader = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+        dataset, batch_sampler=keys, collate_fn=collate, worker_init_fn=ignore_signals,
+        num_workers=workers if args.workers is None else args.workers,
+        pin_memory=device.type == "cuda"))
     writes = rank == 0 and not args.dry_run
     say(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
         f"objectives {args.objectives}, on {f'{world} x ' if world > 1 else ''}{device.type} in "

@@ -354,7 +354,7 @@ def loss_of(model, batch, precision="fp32"):
 
     import losses
     import train
-    precision = train.choose_precision(precision, model.device, model.config)
+    precision = train.choose_precision(precision, model.device)
     with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
         image_emb, text_emb, nll = model(batch)
     l_s = losses.sigmoid_loss(image_emb, text_emb, model.siglip.logit_scale.exp(),
@@ -617,7 +617,7 @@ def paper_bare(folder, steps, batch_size):
     with FlopCounterMode(display=False) as counter:            # the first step warms up as well
         step(batches[0])
     rates = [batch_size / seconds_of(lambda: step(batch)) for batch in batches]
-    a = torch.randn(8192, 8192, device=device, dtype=train.choose_precision("auto", device, PAPER))
+    a = torch.randn(8192, 8192, device=device, dtype=train.choose_precision("auto", device))
 
     def product():
         a @ a
