@@ -490,17 +490,20 @@ def tokenizer_texts(rows):
     return prompts + [r["report"] for r in rows] + [g["phrase"] for r in rows for g in r["regions"]]
 
 
+COLOURS = ("#ffd21f", "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
+
+
 def draw_boxes(image, regions):
-    """Draw boxes, and the start of their phrases above them, on an image (PIL "RGB"), in place."""
-    pen, (w, h), font = ImageDraw.Draw(image), image.size, ImageFont.load_default(13)
-    boxes = [([x0 * (w - 1), y0 * (h - 1), x1 * (w - 1), y1 * (h - 1)],
-              textwrap.shorten(region["phrase"], 44, placeholder=" ..."))
-             for region in regions for x0, y0, x1, y1 in region["boxes"]]
-    for (x, y, *_), phrase in boxes:
-        place = max(2, min(x, w - 4 - pen.textlength(phrase, font))), y - 17 if y > 19 else y + 3
-        pen.text(place, phrase, "yellow", font, stroke_width=2, stroke_fill="black")
-    for box, _ in boxes:                                       # last: no phrase hides an edge
-        pen.rectangle(box, outline="yellow", width=2)
+    """Draw boxes on an image (PIL "RGB"), in place; each phrase has a colour, and a line above."""
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    boxed = [region for region in regions if region["boxes"]]
+    for n, (region, colour) in enumerate(zip(boxed, itertools.cycle(COLOURS))):
+        phrase = textwrap.shorten(region["phrase"], 44, placeholder=" ...")
+        pen.text((5, 3 + 16 * n), phrase, colour, font, stroke_width=2, stroke_fill="black")
+    for region, colour in zip(boxed, itertools.cycle(COLOURS)):
+        for box in region["boxes"]:                            # last: no phrase hides an edge
+            corners = [v * (n - 1) for v, n in zip(box, image.size * 2)]
+            pen.rectangle(corners, outline=colour, width=2)
 
 
 def tile(cells, columns):

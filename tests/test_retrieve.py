@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageColor
 from transformers import SiglipModel
 
 import bench
@@ -422,13 +422,13 @@ def test_search_by_image(encoder, phantom, tmp_path, monkeypatch, capsys):
     assert sheet[1, 1].tolist() == [255, 165, 0] and sheet[1, 361].tolist() == [0, 0, 0]
     for n, row in enumerate([rows[2]] + found):
         cell = sheet[n // 3 * 448:][:360, n % 3 * 360:][:, :360]
-        yellow = (cell == [255, 255, 0]).all(-1)
+        drawn = sum((cell == ImageColor.getrgb(c)).all(-1) for c in data.COLOURS).astype(bool)
         for region in row["regions"]:
             x0, y0, x1, y1 = [4 + round(v * 351) for v in region["boxes"][0]]
             for x in (x0, x1):
-                assert yellow[y0:y1, x - 1:x + 2].any(1).all(), row["image"]
+                assert drawn[y0:y1, x - 1:x + 2].any(1).all(), row["image"]
             for y in (y0, y1):
-                assert yellow[y - 1:y + 2, x0:x1].any(0).all(), row["image"]
+                assert drawn[y - 1:y + 2, x0:x1].any(0).all(), row["image"]
 
 
 def test_search_by_text(encoder, phantom, tmp_path, monkeypatch, capsys):
