@@ -100,6 +100,7 @@ import textwrap
 import time
 from collections import Counter, defaultdict
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
@@ -114,20 +115,23 @@ import data
 import metrics
 import retrieve
 from metrics import InputError, first_line
-from model import (ANSWER_TOKENS, Encoder, LoFi, find_device, find_tokenizer, is_run,
-                   join_processes, load_pretrained, rank_and_world, say)
+from model import (Encoder, LoFi, find_device, find_tokenizer, is_run, join_processes,
+                   load_pretrained, rank_and_world, say)
 
 # ---- the prompt; not stated in the paper --------------------------------------------------------
 # The box format is MedGemma 1.5's own. Each demonstration is a user turn that ends with its phrase
 # and an assistant turn of bare JSON; phrases of one image share it; the query comes last.
 
-INSTRUCTION = """\
+EXAMPLE = ('{"box_2d": [640, 90, 880, 430], "label": "cup"}',
+           '{"box_2d": [150, 520, 300, 610], "label": "cup"}')
+
+INSTRUCTION = f"""\
 Each query names a finding on a chest X-ray. Answer with its bounding boxes. The format of a box \
 is [y0, x0, y1, x1]: (y0, x0) is the top-left corner and (y1, x1) the bottom-right corner, so \
 y0 < y1 and x0 < x1. Coordinates are integers normalized to the range [0, 1000]: a box that starts \
 at 15% of the image width has x0 = 150. Output a single parseable JSON list of objects, bare or in \
-a ```json code block, for instance [{"box_2d": [640, 90, 880, 430], "label": "cup"}, \
-{"box_2d": [150, 520, 300, 610], "label": "cup"}]. If the finding is not there, output [].
+a ```json code block, for instance [{", ".join(EXAMPLE)}]. \
+If the finding is not there, output [].
 
 Remember that "left" is the patient's left side, which is on the right of the image."""
 
@@ -206,8 +210,7 @@ def image_shape(path):
 
 
 def centred_square(size):
-    """(width, height) of an image -> side of its square, left and top of the image in it, pixels.
-    """
+    """(width, height) -> side of the square, and left and top of the image in it, in pixels."""
     side = max(size)
     return side, (side - size[0]) // 2, (side - size[1]) // 2
 
@@ -222,25 +225,19 @@ def pad_to_square(image):
 
 def boxes_to_yxyx_1000(boxes, size):
     """Boxes of an image of size (width, height) -> box_yxyx_1000 integers of its padded square."""
-    (width, height), (side, left, top) = size, centred_square(size)
-    converted = []
-    for box in boxes:
-        x0, x1 = (round(1000 * (x * width + left) / side) for x in box[::2])
-        y0, y1 = (round(1000 * (y * height + top) / side) for y in box[1::2])
-        x0, y0 = min(x0, 999), min(y0, 999)
-        converted.append([y0, x0, max(y1, y0 + 1), max(x1, x0 + 1)])           # never empty
-    return converted
+    side, *offset = centred_square(size)
+    corners = np.reshape(boxes, (-1, 4)) * (size * 2) + offset * 2                 # (n, 4), pixels
+    corners = np.round(1000 * corners / side).astype(int)
+    low = np.minimum(corners[:, :2], 999)
+    high = np.maximum(corners[:, 2:], low + 1)                                     # never empty
+    return np.hstack([low[:, ::-1], high[:, ::-1]]).tolist()
 
 
 def boxes_from_yxyx_1000(boxes_yxyx_1000, size):
     """The inverse, clipped to the image; a box that lies in the padding alone is dropped."""
-    (width, height), (side, left, top) = size, centred_square(size)
-
-    def fraction(value, offset, length):
-        return round(min(1, max(0, (value * side / 1000 - offset) / length)), 6)
-    boxes = [[fraction(x0, left, width), fraction(y0, top, height),
-              fraction(x1, left, width), fraction(y1, top, height)]
-             for y0, x0, y1, x1 in boxes_yxyx_1000]
+    side, *offset = centred_square(size)
+    corners = np.reshape(boxes_yxyx_1000, (-1, 4))[:, [1, 0, 3, 2]] * side / 1000  # (n, 4), pixels
+    boxes = ((corners - offset * 2) / (size * 2)).clip(0, 1).round(6).tolist()
     return [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
 
 
@@ -265,14 +262,17 @@ def parse_boxes(reply):
     """A reply -> (boxes_yxyx_1000, malformed). Never raises; an unreadable reply gives ([], True).
 
     The last JSON list counts. Decimals, swapped corners, single quotes and a cut-off end are read;
-    values are clipped to [0, 1000]; boxes without area and repeated ones are dropped."""
-    lists, boxes = box_lists(reply), []
-    for match in FOUR_NUMBERS.finditer(lists[-1]) if lists else ():
+    values are clipped to [0, 1000]; boxes without area, repeated ones and those of the
+    instruction's example, which a base model may repeat, are dropped."""
+    answer, boxes = ["", *box_lists(reply)][-1], []
+    says_none = EMPTY_LIST.fullmatch(answer)
+    for copied in EXAMPLE:
+        answer = answer.replace(copied, "")
+    for match in FOUR_NUMBERS.finditer(answer):
         y0, x0, y1, x1 = (min(1000.0, max(0.0, float(v))) for v in match.groups())
         box = [min(y0, y1), min(x0, x1), max(y0, y1), max(x0, x1)]
         if box[0] < box[2] and box[1] < box[3] and box not in boxes:
             boxes.append(box)
-    says_none = bool(lists) and EMPTY_LIST.fullmatch(lists[-1])
     return boxes, not (boxes or says_none)
 
 
@@ -540,8 +540,8 @@ def lofi_answers(model, rows):
     predictions = []
     for some in chunks(queries, PHRASES_AT_ONCE):
         prompts = [data.GROUNDING_PROMPT.format(phrase=region["phrase"]) for _, region in some]
-        replies, scores = model.generate(visual[[i for i, _ in some]], prompts, ANSWER_TOKENS,
-                                         with_scores=True)
+        replies, scores = model.generate(visual[[i for i, _ in some]], prompts,
+                                         model.config.answer_tokens, with_scores=True)
         for (i, region), reply, score in zip(some, replies, scores):
             boxes, malformed = data.text_to_boxes(reply)
             predictions.append(prediction(rows[i], region, boxes, malformed, reply, score))

@@ -269,6 +269,19 @@ def test_a_reply_is_read_or_counted_as_malformed(reply, expected):
     assert parse_boxes(reply) == (expected or [], expected is None)
 
 
+def test_the_instructions_own_example_is_no_answer():
+    """Guards against a base model that repeats the instruction and is scored for its example; a
+    list that holds more than the example keeps the rest, and [] stays an answer."""
+    [example] = re.findall(r"\[\{.*\}\]", INSTRUCTION)
+    assert json.loads(example) == [json.loads(item) for item in icl_ground.EXAMPLE]
+    for copied in (example, f"[{icl_ground.EXAMPLE[0]}]", example[:80], f"For instance {example}."):
+        assert parse_boxes(copied) == ([], True)
+    assert parse_boxes(f"{example[:-1]}, {BOX}]") == ([[10, 20, 300, 400]], False)
+    assert parse_boxes(f"Not {example} but []") == ([], False)
+    assert parse_boxes('[{"box_2d": [640, 90, 880, 430], "label": "x"}]')[0]
+    assert icl_ground.list_has_closed(example)
+
+
 def test_no_reply_raises():
     """Guards against an exception on 10,000 random and mangled replies, and boxes that the
     predictions file refuses."""
