@@ -7,10 +7,9 @@
     python icl_ground.py --data DIR --lvlm google/gemma-3-270m     # blind: reads, never sees
 
 The pool images most like the query image, by the cosine of E_I, become demonstrations: turns of
-image, sentence and boxes before the query. For one image you will see JSON on stdout (boxes as
-fractions and as pixels) and an overlay PNG, predictions solid, ground truth dashed where known; for
-a set a bar, then the row Ro/L Ro/S F@0.5 P@0.5 R@0.5 beside the phrase prior. Needs a run of
-train.py, or another encoder, and for MedGemma its weights.
+image, sentence and boxes before the query. You will see, for one image, JSON on stdout and an
+overlay PNG, predictions solid, ground truth dashed where known; for a set, the columns of Table 2
+beside the phrase prior. Needs a run of train.py, or another encoder, and for MedGemma its weights.
 
 LoFi is never taught that a finding is not there: it answers almost any phrase with boxes. The score
 of an answer (the geometric mean probability of its tokens) is a hint, not a test.
@@ -38,40 +37,36 @@ def parse_args():
     add("--phrase", metavar="TEXT", help="the sentence to find on it")
     add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file: the set, and the "
         "pool of demonstrations (default: what --checkpoint was trained on)")
-    add("--split", choices=["train", "val", "test"], default="test",
-        help="of --data, to ground (default: %(default)s)")
-    add("--out", metavar="FILE", help="of an image: the overlay, .png (default: "
-        "runs/IMAGE_grounded.png); of a set: the predictions, .jsonl, where a stopped run goes on "
-        "(default: runs/DATA_SPLIT_LVLM.jsonl); several encoders or k: a file each, named by them")
-    add("--json", metavar="PATH", help="also write a set's scores there, as fractions (default: "
-        "not written)")
+    add("--split", choices=["train", "val", "test"], default="test", help="(default: %(default)s)")
+    add("--out", metavar="FILE", help="of an image: the overlay (default: runs/IMAGE_grounded.png);"
+        " of a set: the predictions, where a stopped run goes on (default: runs/DATA_SPLIT_LVLM"
+        ".jsonl); several encoders or k: a file each, named by them")
+    add("--json", metavar="PATH", help="also write a set's scores there, as fractions")
 
     add = parser.add_argument_group("demonstrations").add_argument
     add("--checkpoint", default="runs/phantom", metavar="RUN", help="run folder of train.py: E_I, "
-        "E_T, and the decoder of --lvlm lofi; or a SigLIP-family id or folder (default: "
-        "%(default)s)")
+        "E_T and LoFi's decoder; or a SigLIP-family id or folder (default: %(default)s)")
     add("--encoders", nargs="+", metavar="RUN", help="several of these to retrieve with, in turn: "
         "a row of Table 2 each (default: --checkpoint)")
-    add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations (image, "
-        "sentence, boxes) a query; Table 2: 20 40; 0: none, MedGemma's row of Table 3 (default: "
-        "40, the paper's best)")
+    add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations a query; Table "
+        "2: 20 40; 0: none, MedGemma's row of Table 3 (default: 40, the paper's best)")
     add("--pool", metavar="PATH", help="another manifest for the demonstrations; they are always "
         "of its train and val splits (default: --data)")
     add("--order", choices=["similar-last", "similar-first"], default="similar-last",
         help="of the demonstrations; not stated in the paper (default: %(default)s)")
 
     add = parser.add_argument_group("grounder").add_argument
-    add("--lvlm", metavar="NAME", help="a Gemma 3 id or folder, of a model that sees or, blind, of "
-        "a text model, which reads the demonstrations and never sees an image; or lofi: LoFi's own "
-        "decoder (Table 4); nearest: the boxes of the demonstration whose phrase is closest by "
-        f"E_T; prior: the phrase's median training box (default: {MEDGEMMA}, which is gated; lofi "
-        "if --checkpoint is a run of the tiny preset)")
-    add("--blind", action="store_true", help="leave all images out of the prompt: how much of the "
-        "score do the demonstrations' texts and boxes carry alone? Not in the paper")
+    add("--lvlm", metavar="NAME", help="a Gemma 3 id or folder; a text model is blind, it reads "
+        "the demonstrations and never sees an image. Or lofi: LoFi's own decoder (Table 4); "
+        "nearest: the boxes of the demonstration whose phrase is closest by E_T; prior: the "
+        f"phrase's median training box (default: {MEDGEMMA}, which is gated; lofi if --checkpoint "
+        "is a run of the tiny preset)")
+    add("--blind", action="store_true", help="leave all images out of the prompt: how much do the "
+        "demonstrations' texts and boxes carry alone? Not in the paper")
     add("--max-new-tokens", type=int, default=512, metavar="N",
         help="of a reply; not stated in the paper (default: %(default)s)")
-    add("--show-prompt", action="store_true", help="print what is sent before the answer, image "
-        "tokens counted, not repeated; of a set, for its first phrase")
+    add("--show-prompt", action="store_true", help="print the prompt (of a set, the first) before "
+        "the answer; image tokens are counted, not repeated")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -82,7 +77,7 @@ def parse_args():
     add("--batch-size", type=int, default=16, metavar="N",
         help="phrases of an image that decode at once (default: %(default)s)")
     add("--feature-cache-gb", type=float, default=8, metavar="GB", help="CPU memory for image "
-        "features; MedGemma's take 1.3 MB an image in bf16; 0: keep none (default: %(default)s)")
+        "features, 1.3 MB an image for MedGemma in bf16; 0: keep none (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -105,9 +100,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-from transformers import (AutoConfig, DynamicCache, Gemma3ForCausalLM,
-                          Gemma3ForConditionalGeneration, Gemma3Processor, StoppingCriteria,
-                          StoppingCriteriaList)
+from transformers import (AutoConfig, AutoTokenizer, DynamicCache, Gemma3ForCausalLM,
+                          Gemma3ForConditionalGeneration, Gemma3Processor, StoppingCriteriaList)
 from transformers import logging as transformers_logging
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -115,8 +109,8 @@ import data
 import metrics
 import retrieve
 from metrics import InputError, first_line
-from model import (Encoder, LoFi, find_device, find_tokenizer, is_run, join_processes,
-                   load_pretrained, rank_and_world, say)
+from model import (Encoder, LoFi, find_device, is_run, join_processes, load_pretrained,
+                   rank_and_world, read_config, say)
 
 # ---- the prompt; not stated in the paper --------------------------------------------------------
 # The box format is MedGemma 1.5's own. Each demonstration is a user turn that ends with its phrase
@@ -147,12 +141,6 @@ CHAT_TEMPLATE = """\
 {{ '<start_of_turn>model\n' if add_generation_prompt else '' }}"""
 
 
-def boxes_to_reply(boxes_yxyx_1000, phrase):
-    """An assistant's turn: [{"box_2d": [y0, x0, y1, x1], "label": phrase}, ...]."""
-    return json.dumps([{"box_2d": box, "label": phrase} for box in boxes_yxyx_1000],
-                      ensure_ascii=False)
-
-
 def turns(path, phrase, demonstrations, order="similar-last", blind=False):
     """Chat messages: the demonstrations (given most similar first), then the query, whose phrase is
     the end. An image stands once, before the first of its triplets; blind: never."""
@@ -172,8 +160,9 @@ def turns(path, phrase, demonstrations, order="similar-last", blind=False):
         messages.append({"role": "user", "content": content})
         if "boxes" in triplet:
             boxes = boxes_to_yxyx_1000(triplet["boxes"], image_shape(triplet["path"]))
-            answer = [{"type": "text", "text": boxes_to_reply(boxes, asked)}]
-            messages.append({"role": "assistant", "content": answer})
+            answer = json.dumps([{"box_2d": box, "label": asked} for box in boxes],
+                                ensure_ascii=False)
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
 
@@ -183,16 +172,11 @@ def images_of(messages):
             if item["type"] == "image"]
 
 
-def chat_text(processor, messages):
-    """The chat as one text, up to where the model's reply begins."""
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
 def chat_ids(processor, messages):
     """The ids of processor.apply_chat_template(messages, tokenize=True), images left unread.
 
     processor: of a model that sees, or the tokenizer of a text model."""
-    text = chat_text(processor, messages)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if images_of(messages):
         text = text.replace(processor.boi_token, processor.full_image_sequence)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -276,18 +260,6 @@ def parse_boxes(reply):
     return boxes, not (boxes or says_none)
 
 
-class ListCloses(StoppingCriteria):
-    """End a reply where its first JSON list of boxes closes: a base model knows no end of turn, and
-    would go on with turns of its own. start: where the replies begin."""
-
-    def __init__(self, tokenizer, start):
-        self.tokenizer, self.start = tokenizer, start
-
-    def __call__(self, ids, scores, **_):
-        replies = self.tokenizer.batch_decode(ids[:, self.start:])
-        return torch.tensor([list_has_closed(reply) for reply in replies], device=ids.device)
-
-
 def list_has_closed(reply):
     """Whether a list of boxes in a reply is complete."""
     return any(part.startswith("[") and part.count("[") == part.count("]")
@@ -340,19 +312,17 @@ def top_triplets(queries, query_emb, rows, image_emb, k):
 
 
 def find_demonstrations(encoder, queries, query_emb, source, k):
-    """k triplets of each query from train and val of the pool; prints what was left out.
-
-    source: the pool's manifest or folder. Raises InputError if it has no boxes."""
+    """k triplets of each query from train and val of the pool, a manifest; says what was left out.
+    """
     rows = with_boxes(row for row in data.read_manifest(source) if row["split"] != "test")
     if not rows:
-        raise InputError(f"{source}: no phrase with boxes in its splits train and val, the pool of "
-                         "demonstrations; name another manifest with --pool")
+        raise InputError(f"{source}: no phrase with boxes in its splits train and val, to take "
+                         "demonstrations from; name another manifest with --pool")
     image_emb = retrieve.image_embeddings(encoder, source, rows)
     found, own = top_triplets(queries, query_emb, rows, image_emb, k)
     say(f"pool of {encoder.source}: {len(rows):,} images with {count_phrases(rows):,} triplets of "
         f"{source}, train and val; leave-one-out: {sum(map(bool, own)):,} of {len(queries):,} "
-        f"query images have themselves or their patient there, {sum(map(len, own)):,} pool images "
-        "were kept from them")
+        f"query images were kept from {sum(map(len, own)):,} pool images of their patients")
     if (fewest := min(map(len, found))) < k:
         say(f"note: --k {k}, but the pool has only {fewest} triplets for an image")
     return found
@@ -362,16 +332,10 @@ def find_demonstrations(encoder, queries, query_emb, source, k):
 
 def load_lvlm(source, device, dtype, hint):
     """A Gemma 3 id or folder -> (model, processor); of a text model, (model, tokenizer).
-
-    Raises InputError; hint: what works without it."""
-    kind = load_pretrained(AutoConfig, source, hint).model_type
-    if kind == "gemma3_text":
-        cls, processor = Gemma3ForCausalLM, find_tokenizer(source)
-        if processor is None:
-            raise InputError(f"{source}: it has no tokenizer; expected the one it was trained with")
-    else:
-        cls, processor = (Gemma3ForConditionalGeneration,
-                          load_pretrained(Gemma3Processor, source, hint))
+    hint: what works without it. Raises InputError."""
+    is_text = load_pretrained(AutoConfig, source, hint).model_type == "gemma3_text"
+    processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, source, hint)
+    cls = Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration
     model = load_pretrained(cls, source, hint, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval(), processor
 
@@ -395,8 +359,8 @@ class InContext:
             return
         config, image_token = model.config, self.tokenizer.image_token_id
         if config.image_token_id != image_token:
-            raise InputError(f"image token {config.image_token_id} in the model's config, "
-                             f"{image_token} in its tokenizer: they do not belong together")
+            raise InputError(f"the model's image token is {config.image_token_id}, its tokenizer's "
+                             f"{image_token}: they do not belong together")
         n_bytes = config.mm_tokens_per_image * config.text_config.hidden_size * model.dtype.itemsize
         self.image_features = functools.lru_cache(int(feature_cache_gb * 1e9 / n_bytes))(
             self.encode)
@@ -410,13 +374,16 @@ class InContext:
 
     def generate(self, input_ids, **inputs):
         """Greedy decoding by transformers -> ids of the replies (n, new), padding behind their end.
-        """
+        A base model knows no end of turn: its reply ends where its first list of boxes closes."""
         start = input_ids.shape[1]
-        stop = [ListCloses(self.tokenizer, start)] if self.is_base else []
+
+        def closed(ids, scores, **_):
+            replies = self.tokenizer.batch_decode(ids[:, start:])
+            return torch.tensor([list_has_closed(reply) for reply in replies], device=ids.device)
         ids = self.model.generate(
             input_ids=input_ids, **inputs, do_sample=False, top_k=None, top_p=None,
             max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList(stop))
+            stopping_criteria=StoppingCriteriaList([closed] if self.is_base else []))
         return ids[:, start:]
 
     @torch.inference_mode()
@@ -560,17 +527,15 @@ def nearest_grounder(encoder):
     similar image. Not in the paper: a floor under what the LVLM makes of its demonstrations."""
     embeddings = {}                                            # {phrase: (D,)}
 
-    def nearest(phrase, demonstrations):
-        new = {phrase, *(triplet["phrase"] for triplet in demonstrations)} - embeddings.keys()
-        if new:
-            embeddings.update(zip(sorted(new), retrieve.text_embeddings(encoder, sorted(new))))
+    def answer(row, region, demonstrations):
+        phrases = [region["phrase"], *(triplet["phrase"] for triplet in demonstrations)]
+        if new := sorted(set(phrases) - embeddings.keys()):
+            embeddings.update(zip(new, retrieve.text_embeddings(encoder, new)))
         # one product a phrase, so that equal phrases tie exactly; max takes the first
-        return max(demonstrations, key=lambda triplet: float(
-            embeddings[phrase] @ embeddings[triplet["phrase"]]))
-
-    def answer(row, region, best):
+        best = max(demonstrations, key=lambda triplet: float(
+            embeddings[region["phrase"]] @ embeddings[triplet["phrase"]]))
         return prediction(row, region, best["boxes"], False, f"{best['image']}: {best['phrase']}")
-    return lambda rows, found: [answer(row, region, nearest(region["phrase"], demonstrations))
+    return lambda rows, found: [answer(row, region, demonstrations)
                                 for row, demonstrations in zip(rows, found)
                                 for region in row["regions"]]
 
@@ -614,24 +579,21 @@ def overlay(image, answers, longest=768):
     The labels stand below the image, so none hides a finding or another label; with several
     phrases each has its colour."""
     size = [max(1, round(n * longest / max(image.size))) for n in image.size]
-    font, lines = ImageFont.load_default(20), []                   # lines: (text, colour)
-    for n, answer in enumerate(answers):
-        colour = COLOURS[n % len(COLOURS)]
-        words = textwrap.wrap(answer["phrase"], max(12, size[0] // 11)) or [""]
-        lines += [(line, "white" if len(answers) == 1 else colour) for line in words]
-        lines.append((outcome(answer), colour))
-        if answer["boxes"]:
-            lines.append(("ground truth (dashed)", GREEN if len(answers) == 1 else colour))
-    sheet = Image.new("RGB", (size[0], size[1] + 26 * len(lines) + 12))
-    sheet.paste(image.resize(size), (0, 0))
-    pen = ImageDraw.Draw(sheet)
-    for n, answer in enumerate(answers):
-        colour = COLOURS[n % len(COLOURS)]
+    picture, lines = image.resize(size).convert("RGB"), []         # lines: (text, colour)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
+    for answer, colour in zip(answers, itertools.cycle(COLOURS)):
+        of_words, of_truth = ("white", GREEN) if len(answers) == 1 else (colour, colour)
+        words = textwrap.wrap(answer["phrase"], max(12, size[0] // 11))
+        lines += [*((line, of_words) for line in words), (outcome(answer), colour)]
         for box in answer["pred"]:
             pen.rectangle([v * (n - 1) for v, n in zip(box, size * 2)], outline=colour, width=4)
         for box in answer["boxes"]:
-            corners = [v * (n - 1) for v, n in zip(box, size * 2)]
-            dashed(pen, *corners, GREEN if len(answers) == 1 else colour)
+            dashed(pen, *(v * (n - 1) for v, n in zip(box, size * 2)), of_truth)
+        if answer["boxes"]:
+            lines.append(("ground truth (dashed)", of_truth))
+    sheet = Image.new("RGB", (size[0], size[1] + 26 * len(lines) + 12))
+    sheet.paste(picture, (0, 0))
+    pen = ImageDraw.Draw(sheet)
     for n, (text, colour) in enumerate(lines):
         pen.text((8, size[1] + 6 + 26 * n), text, colour, font)
     return sheet
@@ -639,112 +601,89 @@ def overlay(image, answers, longest=768):
 
 # ---- one image ----------------------------------------------------------------------------------
 
-def find_query(image, phrase, source):
-    """A manifest row that asks one phrase of an image, with the boxes that the manifest has for it.
-
-    A file that the manifest does not know has no patient. source: a manifest, or None."""
-    row = data.find_row(data.read_manifest(source), image) if source else None
-    row = row or {"image": image, "patient": None, "regions": []}
+def find_query(image, phrase, rows):
+    """A manifest row that asks one phrase of an image, with the boxes that the manifest's rows have
+    for it. A file that they do not know has no patient."""
+    row = data.find_row(rows, image) or {"patient": None, "regions": []}
     truth = [box for region in row["regions"] if region["phrase"] == phrase
              for box in region["boxes"]]
-    return {**row, "image": image, "path": image,
-            "regions": [{"phrase": phrase, "boxes": truth}]}
+    return {**row, "image": image, "path": image, "regions": [{"phrase": phrase, "boxes": truth}]}
 
 
-def ground_image(args, ground):
-    """Ground --phrase on --image and write the overlay -> what main prints as JSON."""
-    image, query = data.load_image(args.image), find_query(args.image, args.phrase, args.data)
-    encoder, demonstrations = None, []
-    if args.retrieves:
-        encoder = Encoder.load(args.encoders[0], args.device)
-        query_emb = encoder.encode_image(args.image).cpu()                         # (1, D)
-        [demonstrations] = find_demonstrations(encoder, [query], query_emb, args.pool, args.k[0])
-    ground = ground or build_grounder(args, encoder)
-    if args.show_prompt:
-        print(shown_prompt(ground, query, demonstrations))
+def ground_image(ground, query, demonstrations, out):
+    """Ground the one phrase of a query and write the overlay -> the answer, for JSON."""
     [answer] = ground([query], [demonstrations])
     if not answer["pred"]:
-        print(f"icl_ground.py: {outcome(answer)}, for {args.phrase!r:.100} on {args.image}",
-              file=sys.stderr)
+        print(f"icl_ground.py: {outcome(answer)}, for {answer['phrase']!r:.100} on "
+              f"{query['path']}", file=sys.stderr)
+    image = data.load_image(query["path"])
     sheet = overlay(image, [answer])
-    metrics.write_file(args.out, lambda draft: sheet.save(draft, "PNG"))
+    metrics.write_file(out, lambda draft: sheet.save(draft, "PNG"))
     pixels = [[round(v * n) for v, n in zip(box, image.size * 2)] for box in answer["pred"]]
-    return {"image": args.image, "phrase": args.phrase, "boxes": answer["pred"], "pixels": pixels,
-            **({"ground_truth": answer["boxes"]} if answer["boxes"] else {}),
+    return {"image": answer["image"], "phrase": answer["phrase"], "boxes": answer["pred"],
+            "pixels": pixels, **({"ground_truth": answer["boxes"]} if answer["boxes"] else {}),
             **({"score": answer["score"]} if "score" in answer else {}),
-            "malformed": answer["malformed"], "raw": answer["raw"], "lvlm": args.lvlm,
-            "n_demonstrations": len(demonstrations), "overlay": args.out}
+            "malformed": answer["malformed"], "raw": answer["raw"]}
 
 
 # ---- a set --------------------------------------------------------------------------------------
 
-def prepare_file(out, settings):
-    """Cut off a line that a killed run left half written, and keep the settings beside the file.
-
-    Raises InputError if the rows that are there were made with other settings."""
+def check_settings(out, settings):
+    """Keep the settings beside a predictions file. Raises InputError if its rows have others."""
     beside = out.with_suffix(".settings.json")
     if out.stat().st_size and beside.exists():
         try:
             before = dict(json.loads(beside.read_bytes()))
         except (ValueError, TypeError):
-            raise InputError(f"{beside}: damaged, expected the settings that made {out.name}; "
-                             "delete both, or choose another --out")
-        other = {key: before.get(key) for key in settings if before.get(key) != settings[key]}
-        if other:
+            raise InputError(f"{beside}: damaged; delete it and {out}, or choose another --out")
+        if other := {key: before.get(key) for key in settings if before.get(key) != settings[key]}:
             now = {key: settings[key] for key in other}
             raise InputError(f"{out}: was made with {other}, now {now}; repeat the same flags, or "
                              "choose another --out")
-    os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
     metrics.write_json(beside, settings)
 
 
-def check_queries(out, asked, answered):
-    """Raise InputError if a predictions file answers what was not asked, or something twice."""
-    if extra := Counter(answered) - Counter(asked):
+def read_answers(out, asked):
+    """Rows of a predictions file. Raises InputError if it has what was not asked, or has it twice.
+    """
+    if dist.is_initialized():
+        dist.barrier()                                         # until all have written
+    predictions = metrics.read_predictions(out) if out.stat().st_size else []
+    if dist.is_initialized():
+        dist.barrier()                                         # until all have read
+    answered = Counter((row["image"], row["phrase"]) for row in predictions)
+    if extra := answered - Counter(asked):
         (image, phrase), _ = extra.most_common(1)[0]
         raise InputError(f"{out}: {extra.total():,} of its rows were not asked for, or are there "
                          f"twice ({phrase!r:.60} on {image}); choose another --out")
-
-
-def not_answered(rows, answered):
-    """Rows with those of their phrases that the predictions file does not have yet."""
-    left, rest = Counter(answered), []
-    for row in rows:
-        regions = []
-        for region in row["regions"]:
-            if left[row["image"], region["phrase"]]:
-                left[row["image"], region["phrase"]] -= 1
-            else:
-                regions.append(region)
-        rest.append({**row, "regions": regions})
-    return rest
+    return predictions, answered
 
 
 def ground_rows(rows, ground, found, out, settings):
     """Ground each phrase of each row, appending to a predictions file what it does not have yet.
 
     found: the triplets of each row. Under torchrun each rank takes its share of the images; rank 0
-    holds the file's lock. -> the rows of the file: the queries, once each. Raises InputError"""
+    holds the file's lock. -> the rows of the file: the queries, once each. Raises InputError."""
     rank, n_ranks = rank_and_world()
     asked = [(row["image"], region["phrase"]) for row in rows for region in row["regions"]]
-
-    def read():
-        wait_for_ranks()                                       # until all have written
-        predictions = metrics.read_predictions(out) if out.stat().st_size else []
-        answered = [(row["image"], row["phrase"]) for row in predictions]
-        check_queries(out, asked, answered)
-        wait_for_ranks()                                       # until all have read
-        return predictions, answered
-
     out.parent.mkdir(parents=True, exist_ok=True)
     with metrics.lock(out) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            prepare_file(out, settings)
-        _, answered = read()
+            check_settings(out, settings)
+            os.truncate(out, out.read_bytes().rfind(b"\n") + 1)   # a line that was half written
+        _, answered = read_answers(out, asked)
         if answered:
-            say(f"{out}: {len(answered):,} phrases were done before, continuing")
-        jobs = [job for job in list(zip(not_answered(rows, answered), found))[rank::n_ranks]
-                if job[0]["regions"]]
+            say(f"{out}: {answered.total():,} phrases were done before, continuing")
+        jobs = []
+        for row, triplets in zip(rows, found):
+            regions = []
+            for region in row["regions"]:
+                if answered[row["image"], region["phrase"]]:
+                    answered[row["image"], region["phrase"]] -= 1
+                else:
+                    regions.append(region)
+            jobs.append(({**row, "regions": regions}, triplets))
+        jobs = [job for job in jobs[rank::n_ranks] if job[0]["regions"]]
         pieces = chunks(jobs, 1 if isinstance(ground, InContext) else IMAGES_AT_ONCE)
         bar, n_malformed = tqdm(pieces, out.stem, unit="batch", disable=rank > 0), 0
         with open(out, "ab", buffering=0) as file:
@@ -754,148 +693,81 @@ def ground_rows(rows, ground, found, out, settings):
                 file.write("".join(json.dumps(answer) + "\n" for answer in answers).encode())
                 n_malformed += sum(answer["malformed"] for answer in answers)
                 bar.set_postfix(malformed=n_malformed, refresh=False)
-        predictions, answered = read()
-    if missing := len(asked) - len(answered):
+        predictions, _ = read_answers(out, asked)
+    if missing := len(asked) - len(predictions):
         raise InputError(f"{out}: {missing:,} queries were not answered; run the command again")
     return predictions
 
 
-def wait_for_ranks():
-    """Under torchrun: wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def ground_set(args, ground):
-    """Ground the boxed phrases of a split with each encoder and k; print the rows of Table 2."""
-    began, manifest = time.time(), data.read_manifest(args.data)
-    training = [row for row in manifest if row["split"] == "train"]
-    every = [row for row in manifest if row["split"] == args.split]
-    rows = with_boxes(every)
-    if not rows:
-        raise InputError(f"{args.data}: no phrase with boxes in split {args.split!r}; expected "
-                         'rows with "regions"')
-    say(f"{count_phrases(rows):,} phrases with boxes on {len(rows):,} images of {args.data}, "
-        f"{args.split}; left out {count_phrases(every) - count_phrases(rows):,} phrases without")
-    results, files, out = {}, [], Path(args.out)
-    settings = {"lvlm": args.lvlm, "data": str(data.manifest_path(args.data).resolve()),
-                "split": args.split}
-    if isinstance(ground, InContext):
-        settings |= {"max_new_tokens": args.max_new_tokens, "blind": ground.blind}
-    if not args.retrieves:
-        settings["checkpoint"], files = args.checkpoint, [out]
-        results[args.name] = run_set(args, rows, training, ground or build_grounder(args),
-                                     [[]] * len(rows), out, settings)
-    for source in args.encoders if args.retrieves else ():
-        encoder = Encoder.load(source, args.device)
-        query_emb = retrieve.image_embeddings(encoder, args.data, rows)
-        found = find_demonstrations(encoder, rows, query_emb, args.pool, max(args.k))
-        settings |= {"pool": str(Path(args.pool).resolve()), "order": args.order, "encoder": source}
-        for k in args.k:
-            part = re.sub(r"[^\w-]+", "_", source).strip("_") + f"_k{k}"
-            several = len(args.encoders) * len(args.k) > 1
-            files.append(out.with_stem(f"{out.stem}_{part}") if several else out)
-            results[f"{args.name}, {source}, k={k}"] = run_set(
-                args, rows, training, ground or build_grounder(args, encoder),
-                [triplets[:k] for triplets in found], files[-1], {**settings, "k": k})
-    if rank_and_world()[0] > 0:
-        return
-    print(f"\ngrounding of {count_phrases(rows):,} phrases, % [95 % interval over images]")
-    *_, last = results.values()
-    print_grounding({**{name: result["grounding"] for name, result in results.items()},
-                     "phrase prior": last.get("prior")},
-                    {name: result["intervals"] for name, result in results.items()})
-    for name, result in results.items():
-        print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
-    if args.lvlm != "prior" and "prior" not in last:
-        print(f"no row of the phrase prior: {args.data} has no training row with boxes")
-    if args.json:
-        metrics.write_json(args.json, results if len(results) > 1 else last)
-    print(f"\n{time.time() - began:.0f} s in all. Next: python metrics.py "
-          + shlex.join(map(str, files)))
-
-
-def run_set(args, rows, training, ground, found, out, settings):
+def ground_set(rows, training_rows, ground, found, out, settings):
     """Ground a set once -> what --json holds of it."""
-    if args.show_prompt:
-        say(shown_prompt(ground, rows[0], found[0]))
     start = time.time()
     predictions = ground_rows(rows, ground, found, out, settings)
     result = {"grounding": metrics.grounding_metrics(predictions),
               "intervals": metrics.bootstrap(predictions), "n_images": len(rows),
               "seconds": round(time.time() - start, 1)}
-    if args.lvlm != "prior" and (prior := prior_rows(predictions, training)):
+    if settings["lvlm"] != "prior" and (prior := prior_rows(predictions, training_rows)):
         result["prior"] = metrics.grounding_metrics(prior)
     return result
 
 
-def print_grounding(results, intervals={}):
-    """Print Tables 2 to 4. results: {model: grounding_metrics(...) or None, which is left out};
-    intervals: {model: bootstrap(...)} of those that have one."""
-    print(metrics.grounding_table({
-        name: {"grounding": scores, **({"intervals": intervals[name]} if name in intervals else {})}
-        for name, scores in results.items() if scores}))
+def print_grounding(results):
+    """Print Tables 2 to 4. results: {model: grounding_metrics(...) or None, which is left out}."""
+    print(metrics.grounding_table({name: {"grounding": scores}
+                                   for name, scores in results.items() if scores}))
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 def check_args(args):
     """Reject invalid flags before anything is loaded. Raises InputError."""
-    if (args.image is None) != (not (args.phrase or "").strip()):
-        raise InputError("--image and --phrase go together: one image, and the sentence to find on "
-                         "it")
-    for name, least in dict(k=0, max_new_tokens=1, batch_size=1, feature_cache_gb=0).items():
-        value = getattr(args, name)
-        if not min(value if name == "k" else [value]) >= least:            # NaN compares as False
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
-    if args.lvlm == "nearest" and 0 in args.k:
-        raise InputError("--lvlm nearest answers with a demonstration: expected --k 1 or more")
-    if args.lvlm in ("nearest", "prior") and args.show_prompt:
-        raise InputError(f"--show-prompt: --lvlm {args.lvlm} sends no prompt")
-    if args.lvlm in ("lofi", "nearest", "prior") and (args.blind or args.plain):
-        raise InputError(f"--blind and --plain are for a Gemma 3, not for --lvlm {args.lvlm}")
-    if args.image and (len(args.k) > 1 or args.encoders and len(args.encoders) > 1):
-        raise InputError("--image takes one --k and one encoder; several are for a set")
-    expected = ".png" if args.image else ".jsonl"
-    if args.out and Path(args.out).suffix != expected:
-        raise InputError(f"--out {args.out}: expected a {expected} file")
-    if args.json and args.image:
-        raise InputError("--json is for a set; the answer for an image is on stdout")
+    suffix = ".png" if args.image else ".jsonl"
+    ours = args.lvlm in ("lofi", "nearest", "prior")
+    for wrong, problem in (
+            ((args.image is None) != (not (args.phrase or "").strip()),
+             "--image and --phrase go together: an image, and the sentence to find on it"),
+            (min(args.k) < 0, f"--k {min(args.k)}: expected 0 or more"),
+            (args.max_new_tokens < 1, "--max-new-tokens: expected 1 or more"),
+            (args.batch_size < 1, "--batch-size: expected 1 or more"),
+            (not args.feature_cache_gb >= 0, "--feature-cache-gb: expected 0 or more"),    # NaN too
+            (args.lvlm == "nearest" and 0 in args.k,
+             "--lvlm nearest answers with a demonstration: expected --k 1 or more"),
+            (args.lvlm in ("nearest", "prior") and args.show_prompt,
+             f"--show-prompt: --lvlm {args.lvlm} sends no prompt"),
+            (ours and (args.blind or args.plain),
+             f"--blind and --plain are for a Gemma 3, not for --lvlm {args.lvlm}"),
+            (args.image and (len(args.k) > 1 or len(args.encoders or []) > 1),
+             "--image takes one --k and one encoder; several are for a set"),
+            (args.out and Path(args.out).suffix != suffix,
+             f"--out {args.out}: expected a {suffix} file"),
+            (args.json and (args.image or args.json == args.out),
+             "--json is for a set's scores, in a file of their own")):
+        if wrong:
+            raise InputError(problem)
     if args.image:
         data.load_image(args.image)
     for path in filter(None, (args.data, args.pool)):
         data.manifest_path(path)
 
 
-def choose_lvlm(checkpoint, asks_lvlm):
-    """--lvlm where it is not given: LoFi's own decoder for a miniature run, else MedGemma.
-
-    asks_lvlm: whether other flags make sense for an LVLM alone."""
-    if asks_lvlm or not is_run(checkpoint):
-        return MEDGEMMA
-    if json.loads(Path(checkpoint, "config.json").read_text()).get("preset") != "tiny":
-        return MEDGEMMA
-    print(f"icl_ground.py: {checkpoint} is a miniature run, so its own decoder answers (--lvlm "
-          f"lofi); to ask MedGemma, with demonstrations: --lvlm {MEDGEMMA}", file=sys.stderr)
-    return "lofi"
-
-
-def build_grounder(args, encoder=None):
-    """--lvlm -> a grounder. encoder: for nearest."""
-    if args.lvlm == "lofi":
-        model = LoFi.from_pretrained(args.checkpoint, args.device)
+def build_grounder(args, lvlm, training_rows, device):
+    """--lvlm -> a grounder; of nearest None, as each encoder has its own."""
+    if lvlm == "nearest":
+        return None
+    if lvlm == "lofi":
+        model = LoFi.from_pretrained(args.checkpoint, device)
         return lambda rows, _: lofi_answers(model, rows)
-    if args.lvlm == "nearest":
-        return nearest_grounder(encoder)
-    if args.lvlm == "prior":
-        prior = metrics.phrase_prior(row for row in data.read_manifest(args.data)
-                                     if row["split"] == "train")
+    if lvlm == "prior":
+        prior = metrics.phrase_prior(training_rows)
         return lambda rows, _: [prediction(row, region, prior(region["phrase"]), False, "")
                                 for row in rows for region in row["regions"]]
-    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
-    lvlm = "lofi" if is_run(args.checkpoint) else "nearest"
-    hint = "without it: python icl_ground.py " + shlex.join([*sys.argv[1:], "--lvlm", lvlm])
-    model, processor = load_lvlm(args.lvlm, args.device, dtype, hint)
+    precision = args.precision
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16"
+    other = "lofi" if is_run(args.checkpoint) else "nearest"
+    model, processor = load_lvlm(
+        lvlm, device, torch.float32 if precision == "fp32" else torch.bfloat16,
+        f"without it: python icl_ground.py {shlex.join([*sys.argv[1:], '--lvlm', other])}")
     return InContext(model, processor, args.order, args.blind, args.plain, args.max_new_tokens,
                      args.batch_size, args.feature_cache_gb)
 
@@ -906,61 +778,24 @@ def shown_prompt(ground, row, demonstrations):
     if not isinstance(ground, InContext):
         return data.GROUNDING_PROMPT.format(phrase=phrase)
     processor, chat = ground.processor, ground.chat(row["path"], phrase, demonstrations)
-    text, images = chat_text(processor, chat), iter(images_of(chat))
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     if ground.blind:
         return text
-
-    def block(_):
-        token, n = processor.tokenizer.image_token, processor.image_seq_length
-        return processor.full_image_sequence.replace(token * n, f"{token} x {n}: {next(images)}")
-    return re.sub(re.escape(processor.boi_token), block, text)
-
-
-def check_outputs(args):
-    """Raise InputError if --out or --json would overwrite an input. A new file cannot."""
-    if args.json and Path(args.json).resolve() == Path(args.out).resolve():
-        raise InputError(f"--json {args.json}: is --out as well; choose another file")
-    outputs = [Path(path) for path in (args.out, args.json) if path and Path(path).exists()]
-    if not outputs:
-        return
-    inputs = [args.image] if args.image else []
-    for source in {args.data, args.pool} - {None}:
-        inputs += [data.manifest_path(source), *(row["path"] for row in data.read_manifest(source))]
-    for source in {args.checkpoint, *args.encoders}:
-        inputs += [path for path in Path(source).glob("*") if path.is_file()]
-    for output in outputs:
-        metrics.check_output(output, inputs)
+    token, n, images = processor.tokenizer.image_token, processor.image_seq_length, images_of(chat)
+    first, *rest = text.split(processor.boi_token)
+    blocks = [processor.full_image_sequence.replace(token * n, f"{token} x {n}: {image}")
+              for image in images]
+    return first + "".join(block + text for block, text in zip(blocks, rest))
 
 
-def fill_defaults(args):
-    """Fill in the defaults that depend on other flags, in place. Raises InputError.
-
-    What is missing is said in this order: a run, data, and only then an LVLM's weights."""
-    if args.lvlm is None:
-        asks_lvlm = args.encoders or args.pool or args.blind or args.plain
-        if not args.encoders:
-            retrieve.check_checkpoint(args.checkpoint)
-        args.lvlm = choose_lvlm(args.checkpoint, asks_lvlm)
-    args.encoders = args.encoders or [args.checkpoint]
-    args.retrieves = args.lvlm not in ("lofi", "prior") and max(args.k) > 0
-    for source in args.encoders if args.retrieves else []:
-        retrieve.check_checkpoint(source)
-    if not args.data:
-        try:
-            args.data = retrieve.trained_on(args.checkpoint)
-        except InputError:                                     # one image needs none for these
-            if args.retrieves or args.lvlm == "prior" or not args.image:
-                raise
-    args.pool = args.pool or args.data
-    if not args.out and args.image:
-        args.out = f"runs/{Path(args.image).stem}_grounded.png"
-    elif not args.out:
-        name = Path(args.lvlm).name + ("_blind" if args.blind else "")
-        folder = data.manifest_path(args.data).resolve().parent.name
-        args.out = f"runs/{folder}_{args.split}_{name}.jsonl"
-    args.device = find_device(args.device)
-    if args.precision == "auto":
-        args.precision = "fp32" if args.device.type == "cpu" else "bf16"
+def input_files(image, manifests, checkpoints):
+    """The files that a command reads, none of which may be one of its outputs."""
+    yield from [image] if image else []
+    for source in manifests - {None}:
+        yield data.manifest_path(source)
+        yield from (row["path"] for row in data.read_manifest(source))
+    for source in checkpoints:
+        yield from Path(source).glob("*")
 
 
 def main(args=None):
@@ -969,24 +804,109 @@ def main(args=None):
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     check_args(args)
-    fill_defaults(args)
-    check_outputs(args)
-    # an LVLM is loaded before the images are embedded: its weights may be missing
-    ground = None if args.lvlm in ("nearest", "prior") else build_grounder(args)
-    args.name = Path(args.lvlm).name
-    if getattr(ground, "blind", False):
-        args.name += " (blind)"
-    if not args.image:
-        join_processes()
-        ground_set(args, ground)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+    # ---- defaults that follow from other flags; a missing run is named before missing weights
+    lvlm, encoders, source = args.lvlm or MEDGEMMA, args.encoders or [args.checkpoint], args.data
+    if not args.lvlm and not args.encoders:
+        retrieve.check_checkpoint(args.checkpoint)
+        if (not (args.pool or args.blind or args.plain) and is_run(args.checkpoint)
+                and read_config(args.checkpoint).preset == "tiny"):
+            lvlm = "lofi"
+            print(f"icl_ground.py: {args.checkpoint} is a miniature run, so its own decoder "
+                  f"answers (--lvlm lofi); to ask MedGemma, with demonstrations: --lvlm {MEDGEMMA}",
+                  file=sys.stderr)
+    retrieves = lvlm not in ("lofi", "prior") and max(args.k) > 0
+    for encoder in encoders if retrieves else []:
+        retrieve.check_checkpoint(encoder)
+    try:
+        source = source or retrieve.trained_on(args.checkpoint)
+    except InputError:                                         # one image needs none for these
+        if retrieves or lvlm == "prior" or not args.image:
+            raise
+    pool, device, name = args.pool or source, find_device(args.device), Path(lvlm).name
+    if args.image:
+        out = args.out or f"runs/{Path(args.image).stem}_grounded.png"
+    else:
+        folder = data.manifest_path(source).resolve().parent.name
+        out = args.out or f"runs/{folder}_{args.split}_{name}{'_blind' * args.blind}.jsonl"
+    for path in filter(None, (out, args.json)):
+        inputs = input_files(args.image, {source, pool}, {args.checkpoint, *encoders})
+        metrics.check_output(path, inputs)
+
+    # ---- the grounder, before images are embedded: an LVLM's weights may be missing
+    manifest = data.read_manifest(source) if source else []
+    training = [row for row in manifest if row["split"] == "train"]
+    ground = build_grounder(args, lvlm, training, device)
+
+    # ---- one image
+    if args.image:
+        with contextlib.redirect_stdout(sys.stderr):           # stdout is for the JSON alone
+            query, demonstrations = find_query(args.image, args.phrase, manifest), []
+            if retrieves:
+                encoder = Encoder.load(encoders[0], device)
+                query_emb = encoder.encode_image(args.image).cpu()                 # (1, D)
+                [demonstrations] = find_demonstrations(encoder, [query], query_emb, pool, args.k[0])
+                ground = ground or nearest_grounder(encoder)
+            if args.show_prompt:
+                print(shown_prompt(ground, query, demonstrations))
+            answer = ground_image(ground, query, demonstrations, out)
+        print(json.dumps({**answer, "lvlm": lvlm, "n_demonstrations": len(demonstrations),
+                          "overlay": out}))
+        print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
+              f"{args.checkpoint} --data {source or 'DIR'}", file=sys.stderr)
         return
-    with contextlib.redirect_stdout(sys.stderr):               # stdout is for the JSON alone
-        answer = ground_image(args, ground)
-    print(json.dumps(answer))
-    print(f"wrote {args.out}; next, a set: python icl_ground.py --lvlm {args.lvlm} --checkpoint "
-          f"{args.checkpoint} --data {args.data or 'DIR'}", file=sys.stderr)
+
+    # ---- a set: the boxed phrases of a split, with each encoder and k
+    began, (rank, _) = time.time(), join_processes()
+    every = [row for row in manifest if row["split"] == args.split]
+    rows = with_boxes(every)
+    if not rows:
+        raise InputError(f"{source}: no phrase with boxes in split {args.split!r}; expected rows "
+                         'with "regions"')
+    say(f"{count_phrases(rows):,} phrases with boxes on {len(rows):,} images of {source}, "
+        f"{args.split}; left out {count_phrases(every) - count_phrases(rows):,} phrases without")
+    settings = {"lvlm": lvlm, "data": str(data.manifest_path(source).resolve()),
+                "split": args.split}
+    if isinstance(ground, InContext):
+        name += " (blind)" * ground.blind
+        settings |= {"max_new_tokens": args.max_new_tokens, "blind": ground.blind}
+    results, files, out = {}, [], Path(out)
+    for checkpoint in encoders if retrieves else [args.checkpoint]:
+        found, use = [[]] * len(rows), ground
+        if retrieves:
+            encoder = Encoder.load(checkpoint, device)
+            query_emb = retrieve.image_embeddings(encoder, source, rows)           # (Q, D)
+            found = find_demonstrations(encoder, rows, query_emb, pool, max(args.k))
+            use = ground or nearest_grounder(encoder)
+        for k in args.k if retrieves else [0]:
+            part = re.sub(r"[^\w-]+", "_", checkpoint).strip("_") + f"_k{k}"
+            several = retrieves and len(encoders) * len(args.k) > 1
+            files.append(out.with_stem(f"{out.stem}_{part}") if several else out)
+            made_with = settings | ({"pool": str(Path(pool).resolve()), "order": args.order,
+                                     "encoder": checkpoint, "k": k} if retrieves else
+                                    {"checkpoint": checkpoint})
+            if args.show_prompt:
+                say(shown_prompt(use, rows[0], found[0][:k]))
+            results[f"{name}, {checkpoint}, k={k}" if retrieves else name] = ground_set(
+                rows, training, use, [triplets[:k] for triplets in found], files[-1], made_with)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+
+    # ---- print and write
+    last = list(results.values())[-1]
+    prior = {"phrase prior": {"grounding": last["prior"]}} if "prior" in last else {}
+    print(f"\ngrounding of {count_phrases(rows):,} phrases, % [95 % interval over images]")
+    print(metrics.grounding_table(results | prior))
+    for title, result in results.items():
+        print(f"{title}: {result['grounding']['n_malformed']:,} malformed replies")
+    if not prior and lvlm != "prior":
+        print(f"no row of the phrase prior: {source} has no training row with boxes")
+    if args.json:
+        metrics.write_json(args.json, results if len(results) > 1 else last)
+    print(f"\n{time.time() - began:.0f} s in all. Next: python metrics.py "
+          + shlex.join(map(str, files)))
 
 
 if __name__ == "__main__":

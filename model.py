@@ -140,14 +140,13 @@ TINY = Config(                          # for a few hundred images on a CPU
                  initializer_range=0.08, hidden_activation="silu", max_position_embeddings=1024))
 # For the phantom: its images are many, so none is augmented; its reports have up to four sentences.
 PHANTOM = dataclasses.replace(
-    TINY, steps=1400, batch_size=32, augment=0.0, text=dict(TINY.text, max_position_embeddings=34))
+    TINY, steps=1650, batch_size=24, augment=0.0, text=dict(TINY.text, max_position_embeddings=34))
 PRESETS = {"paper": PAPER, "tiny": TINY}
 
 # LoRA on the encoder layers alone: the suffix "out_proj" would also wrap the pooling head's, where
 # LoRA has neither effect nor gradient.
 ENCODER_LORA = r".*encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 LLM_LORA = r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"
-ANSWER_TOKENS = 160                     # boxes (nine) or a phrase; not stated in the paper
 
 
 # ---- attention pooling and projection -----------------------------------------------------------
