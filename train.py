@@ -206,7 +206,6 @@ def build_optimizers(model, config):
             hidden = p.ndim == 2 and not re.search("embedding|embed_tokens|queries", name)
             groups = muon if config.muon_lr and hidden else adamw
             rate = (config.scale_lr if "logit_" in name else
-                    config.embed_lr if "embed_tokens" in name else
                     config.text_lr if "text_model" in name else 1.0)
             groups.setdefault((p.ndim >= 2, rate), []).append(p)
 
