@@ -10,7 +10,7 @@
     paper        the paper's sizes with random weights: loop, bare step, memory, hours of 10 epochs
     hints        on the default run: does a box follow "left" and "right" in its phrase?
     scores       on the default run: does the score tell the phrases of an image from others?
-    ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each; 40 minutes, 2 cores
+    ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each; about 20 minutes
 
 Machines are shared and differ, so a figure alone says little: compare the ratios.
 """
@@ -738,12 +738,12 @@ def ablation_run(job):
 
 
 def bench_ablate(seeds=(0, 1, 2), folder="runs/ablate"):
-    """Fig. 4 on the phantom, each run half as long as the default one: mean and standard deviation
+    """Fig. 4 on the phantom, each run a quarter of the default one: mean and standard deviation
     over the seeds, percent. Interrupted, it continues with the runs that are not there yet."""
     from model import PHANTOM
     if not Path("runs/phantom_data/manifest.jsonl").exists():
         data.make_phantom("runs/phantom_data")
-    jobs = [(flags, seed, PHANTOM.steps // 2, Path(folder, f"{name.replace(', ', '')}_{seed}"))
+    jobs = [(flags, seed, PHANTOM.steps // 4, Path(folder, f"{name.replace(', ', '')}_{seed}"))
             for name, flags in ABLATIONS.items() for seed in seeds]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = np.array(list(pool.map(ablation_run, jobs))).reshape(len(ABLATIONS), len(seeds), -1)
