@@ -732,6 +732,36 @@ def build_dataset(model, rows, objectives, seed, strength):
                                  model.text_length, model.llm_tokenizer, config.max_target)
 
 
+def build_model(args, source, rows, world):
+    """The model to train, new or of the run to start from -> (model, images of a batch)."""
+    model = LoFi.from_pretrained(source) if source else None
+    config = find_config(args, model and model.config)
+    batch_size = images_per_step(config, args.batch_size, len(rows), args.objectives, world)
+    if model:
+        model.config = config
+    else:
+        model = LoFi.build(config, data.tokenizer_texts(rows), batch_size)
+    layers = (*model.siglip.vision_model.encoder.layers, *model.siglip.text_model.encoder.layers,
+              *model.llm.get_decoder().layers)
+    for layer in layers if args.compile else ():
+        layer.compile()
+    for part in (model.siglip, model.llm) if args.grad_checkpoint else ():
+        part.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, batch_size
+
+
+def load_batches(model, rows, objectives, seed, keys, workers):
+    """An iterator over the batches of the keys, decoded by worker processes."""
+    config = model.config
+    dataset, collate = build_dataset(model, rows, objectives, seed, config.augment)
+    if workers is None:
+        # a worker beside small towers takes a core from them: only augmentation is worth one
+        workers = int(config.augment > 0) if config.cache else min(4, os.cpu_count())
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
+        worker_init_fn=ignore_signals, pin_memory=model.device.type == "cuda"))
+
+
 # ---- the run ------------------------------------------------------------------------------------
 
 def main(args=None):
@@ -751,25 +781,12 @@ def main(args=None):
     has_checkpoint = args.resume and (out / "trainer.pt").exists()
 
     # model
-    source = out if has_checkpoint else args.init
-    model = LoFi.from_pretrained(source) if source else None
-    config = find_config(args, model and model.config)
-    batch_size = images_per_step(config, args.batch_size, len(rows), args.objectives, world)
-    if model:
-        model.config = config
-    else:
-        model = LoFi.build(config, data.tokenizer_texts(rows), batch_size)
+    model, batch_size = build_model(args, out if has_checkpoint else args.init, rows, world)
     model.to(device)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    config, trainable = model.config, [p for p in model.parameters() if p.requires_grad]
     say(f"trains {sum(p.numel() for p in trainable):,} of "
         f"{sum(p.numel() for p in model.parameters()):,} parameters"
         + (", LoRA and new layers" if config.lora_rank else ""))
-    layers = (*model.siglip.vision_model.encoder.layers, *model.siglip.text_model.encoder.layers,
-              *model.llm.get_decoder().layers)
-    for layer in layers if args.compile else ():
-        layer.compile()
-    for part in (model.siglip, model.llm) if args.grad_checkpoint else ():
-        part.gradient_checkpointing_enable({"use_reentrant": False})
 
     # optimizer, schedule, checkpoint
     per_epoch = batches_per_epoch(len(rows), batch_size, args.objectives, world)
@@ -787,15 +804,9 @@ def main(args=None):
              if has_checkpoint else 0)
 
     # batches
-    dataset, collate = build_dataset(model, rows, args.objectives, args.seed, config.augment)
     keys = batches(len(rows), batch_size, per_epoch, args.seed, first * args.accumulate,
                    steps * args.accumulate, rank, world)
-    # a worker beside small towers takes a core from them: only augmentation is worth one
-    workers = int(config.augment > 0) if config.cache else min(4, os.cpu_count())
-    loader = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys, collate_fn=collate, worker_init_fn=ignore_signals,
-        num_workers=workers if args.workers is None else args.workers,
-        pin_memory=device.type == "cuda"))
+    loader = load_batches(model, rows, args.objectives, args.seed, keys, args.workers)
     writes = rank == 0 and not args.dry_run
     say(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
         f"objectives {args.objectives}, on {f'{world} x ' if world > 1 else ''}{device.type} in "
