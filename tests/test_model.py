@@ -118,7 +118,8 @@ def test_images_are_normalised_once(model):
     """Guards: a second preprocessing path; uint8 images read as 0..255 floats."""
     image = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
     pixels = torch.from_numpy(image).float()[None, None].expand(1, 3, 32, 32) / 255 * 2 - 1
-    expected = F.normalize(model.siglip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+    out = model.siglip.get_image_features(pixel_values=pixels)
+    expected = F.normalize(out.pooler_output, dim=-1)
     assert torch.allclose(model.encode_image(torch.from_numpy(image)[None]), expected, atol=1e-5)
     assert torch.allclose(model.encode_image(Image.fromarray(image)), expected, atol=1e-5)
 
