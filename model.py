@@ -349,7 +349,8 @@ def build_tokenizers(config, texts):
         return text_tokenizer, llm_tokenizer, config
     most = config.vocab_size
     if config.encoder and not text_tokenizer:
-        most = min(most, load_pretrained(SiglipConfig, config.encoder).text_config.vocab_size)
+        text_config = load_pretrained(SiglipConfig, config.encoder, NO_WEIGHTS).text_config
+        most = min(most, text_config.vocab_size)
         say(f"{config.encoder} has no tokenizer: its text tower will not read as it was trained to")
     learned = data.learn_tokenizer(texts, most)
     if len(learned) > most:
