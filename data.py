@@ -390,7 +390,7 @@ class Collate:
 
 
 # ==================================================================================================
-# Nothing below is needed to read the paper: pictures, the phantom, converters, the check, commands.
+# The method ends here. Below: checks of the manifest, pictures, the phantom, converters, commands.
 # ==================================================================================================
 
 

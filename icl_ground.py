@@ -528,6 +528,9 @@ def nearest_grounder(encoder):
     embeddings = {}                                            # {phrase: (D,)}
 
     def answer(row, region, demonstrations):
+        if not demonstrations:
+            raise InputError(f"{row['image']}: the pool has no demonstration of another patient; "
+                             "give a larger --pool")
         phrases = [region["phrase"], *(triplet["phrase"] for triplet in demonstrations)]
         if new := sorted(set(phrases) - embeddings.keys()):
             embeddings.update(zip(new, retrieve.text_embeddings(encoder, new)))

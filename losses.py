@@ -27,8 +27,8 @@ def sigmoid_loss(image_emb, text_emb, t, b):
 def captioning_loss(nll, task):
     """Eq. 2: L_c = -E log p_LLM(T | E_I(I), P_c), the report. nll, task: (R,). Returns a scalar.
 
-    As each row draws one tau, this and the next two are shares of one mean over the R rows: they
-    add up to E[L_tau]. A task that no row drew gives 0."""
+    nll: from autoregressive_nll, below. Each image draws one task; L_c, L_g and L_d are divided by
+    all R rows, so that their sum is the mean of nll. A task that no row has gives 0."""
     return nll[task == TASKS.index("c")].sum() / max(1, len(nll))
 
 

@@ -153,8 +153,8 @@ LLM_LORA = r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"
 def grid_code(n, width, heads):
     """Sine and cosine position code of an n x n grid, the same in every head: (n * n, width).
 
-    A head of h channels holds h / 4 frequencies of x and of y, from half a period over the image to
-    one period in four patches of an 8 x 8 grid; equal positions have the largest dot product."""
+    A head of h channels holds h / 4 frequencies of x and of y, from 1/2 to 2 periods over the
+    image; equal positions have the largest dot product."""
     n_frequencies = width // heads // 4
     frequency = torch.pi * torch.linspace(0, 2, n_frequencies).exp2()
     position = (torch.arange(n) + 0.5) / n
@@ -724,7 +724,9 @@ def check_tokenizer(tokenizer, vocab_size, place, needs_bos=False):
 # ---- the commands -------------------------------------------------------------------------------
 
 def export(run, out):
-    """Merge LoRA into a plain SiglipModel folder. Raises InputError."""
+    """Merge LoRA into a plain SiglipModel folder. Raises InputError.
+
+    Texts for it must be lower-cased and padded to text_length, as data.text_ids does."""
     from transformers import SiglipImageProcessor
     model, out = LoFi.from_pretrained(run), Path(out)
     if out.exists():
@@ -735,7 +737,7 @@ def export(run, out):
         siglip = model.siglip.merge_and_unload() if model.config.lora_rank else model.siglip
         siglip.save_pretrained(draft)
         model.text_tokenizer.save_pretrained(draft)
-        SiglipImageProcessor(size=size).save_pretrained(draft)
+        SiglipImageProcessor(size=size, resample=2).save_pretrained(draft)     # 2: bilinear
         draft.rename(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

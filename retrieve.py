@@ -168,6 +168,8 @@ def image_embeddings(encoder, path, rows, batch_size=64):
 
 def check_k(k, n):
     """Raise InputError if a pool of n has no k neighbours."""
+    if n < 1:
+        raise InputError("the pool has no other image; take a larger one (--data, --split)")
     if not 1 <= k <= n:
         raise InputError(f"k is {k}, expected 1 to {n:,}, which is all of the pool; lower --k or "
                          "take a larger pool (--data, --split)")

@@ -78,7 +78,7 @@ def parse_args():
         help="steps between checkpoints, each with the losses on val (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, order and draws (default: %(default)s)")
     add("--dry-run", action="store_true",
-        help="check the data, build the model, run one batch, write nothing")
+        help="check the data, build the model, run one step, write nothing")
     return parser.parse_args()
 
 
@@ -281,9 +281,10 @@ def to_device(batch, device):
 # ---- several processes: every one computes the losses of the global batch -----------------------
 
 class Gather(torch.autograd.Function):
-    """Rows of all processes, in the order of their ranks. Each process computes the same loss from
-    them, so its own rows' gradient is complete; times the number of processes, as average_gradients
-    divides by it."""
+    """Rows of all processes, in the order of their ranks.
+
+    Each process computes the same loss from them, so the gradient of its own rows is complete. It
+    is multiplied by the number of processes because average_gradients divides by it."""
 
     @staticmethod
     def forward(ctx, x):
@@ -303,8 +304,8 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """Rows (any number each) of all processes."""
-    return Gather.apply(x) if dist.is_initialized() else x
+    """Rows (any number each) of all processes; None, without the sigmoid objective, stays None."""
+    return x if x is None or not dist.is_initialized() else Gather.apply(x)
 
 
 def over_processes(x, op="SUM"):
@@ -417,7 +418,7 @@ def run_folder(out, path, resume):
         raise InputError(f"{out}: is a file; --out takes a folder")
     if resume and not log.exists():
         raise InputError(f"{out}: no run to resume, it has no log.jsonl; start without --resume")
-    files = {file.name for file in out.glob("*") if file.suffix != ".tmp"}     # drafts of a kill
+    files = {file.name for file in out.glob("*") if file.suffix != ".tmp"}     # drafts, if killed
     is_run = "log.jsonl" in files and files & {"config.json", "trainer.pt"}
     if files and not resume and (not is_run or files - RUN_FILES):
         raise InputError(f"{out}: holds files that are not of a run, such as "
@@ -514,7 +515,8 @@ def log_values(losses, objectives):
 
 @torch.no_grad()
 def validate(model, rows, objectives, batch_size, most=512):
-    """The losses on the val split, of at most 512 images spread over it, always the same draws."""
+    """The losses on the val split in float32, of at most 512 images spread over it, with the same
+    draws each time; None if no image of it could be read."""
     dataset, collate = build_dataset(model, rows[::math.ceil(len(rows) / most)], objectives, 0, 0)
     sigmoid, nlls, tasks = [], [], []
     for start in range(0, len(dataset), batch_size):
@@ -527,6 +529,8 @@ def validate(model, rows, objectives, batch_size, most=512):
         sigmoid.append(sigmoid_loss(image_emb, text_emb, t, b) if "s" in objectives else 0 * t)
         nlls.append(nll)
         tasks.append(batch["task_of_row"])
+    if not nlls:
+        return None
     nll, task, l_s = torch.cat(nlls), torch.cat(tasks), torch.stack(sigmoid).mean()
     l_c, l_g, l_d = (loss(nll, task) for loss in
                      (captioning_loss, grounding_loss, dense_captioning_loss))
@@ -629,7 +633,7 @@ def model_card(out, settings, results, chance, n_rows):
         name=out.name, out=out, n_rows=n_rows, n_images=results.get("n_images", 0),
         commit=git.stdout.strip() if git and git.returncode == 0 else "unknown",
         command=shlex.join(["python", *sys.argv]), data=settings["data"], steps=settings["steps"],
-        batch_size=settings["batch-size"], objectives=settings["objectives"],
+        batch_size=settings["accumulate"] * settings["batch-size"], objectives=settings["objectives"],
         scores="\n".join("    " + line for line in metrics.format_table(scores).splitlines()))
 
 
@@ -826,7 +830,8 @@ def main(args=None):
                 continue
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 image_emb, text_emb, nll = model(batch)        # nll: -log p of each row's target
-            image_emb, text_emb, nll, task = map(              # over several processes: of all
+            # with several processes: the rows of all of them
+            image_emb, text_emb, nll, task = map(
                 gather, (image_emb, text_emb, nll, batch["task_of_row"]))
             t, b = model.siglip.logit_scale.exp(), model.siglip.logit_bias
             l_s = (sigmoid_loss(image_emb, text_emb, t, b)                         # Eq. 1
@@ -857,7 +862,8 @@ def main(args=None):
                 "samples_per_s": round(rate, 4)}
         at_checkpoint = done == steps or done % args.save_every == 0
         if at_checkpoint and writes and split["val"]:
-            line["val"] = validate(model, split["val"], args.objectives, batch_size)
+            if val := validate(model, split["val"], args.objectives, batch_size):
+                line["val"] = val
         log.write(json.dumps(line) + "\n")
         log.flush()
         shown.update({name: f"{v:.2f}" for name, v in values.items() if v is not None})
@@ -875,7 +881,7 @@ def main(args=None):
 
     guard.end(steps - first)
     if args.dry_run:
-        say(f"dry run: one step of {batch_size} images, loss {values['loss']:.3f}, every row of "
+        say(f"dry run: one step of {args.accumulate * batch_size} images, loss {values['loss']:.3f}, every row of "
             "the data is well formed; nothing written")
     elif rank == 0:
         log.close()

@@ -425,6 +425,15 @@ def test_another_number_of_processes_is_said(phantom, finished, tmp_path):
     assert "batches an epoch" in error and "number of processes" in error
 
 
+def test_fine_tuning_on_two_processes(odd, model, tmp_path):
+    """Guards: an objective left out that ends in a traceback under torchrun."""
+    model.save_pretrained(tmp_path / "start")
+    run("-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", "--data", odd, "--init",
+        tmp_path / "start", "--objectives", "g", "--steps", 2, "--batch-size", 4, "--device", "cpu",
+        "--workers", 0, "--out", tmp_path / "g")
+    assert [line["grounding"] > 0 for line in log_of(tmp_path / "g")] == [True, True]
+
+
 def test_a_small_set_keeps_its_negatives(phantom, tmp_path, monkeypatch):
     """Guards: steps of one image, whose sigmoid loss falls to nothing without negatives."""
     path = phantom / "eight.jsonl"
