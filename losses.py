@@ -38,7 +38,7 @@ def grounding_loss(nll, task):
 
 
 def dense_captioning_loss(nll, task):
-    """After Eq. 3: L_d = -E log p_LLM(s | E_I(I), P_d, b), the sentence of boxes. nll, task: (R,)."""
+    """After Eq. 3: L_d = -E log p_LLM(s | E_I(I), P_d, b), the boxes' sentence. nll, task: (R,)."""
     return nll[task == TASKS.index("d")].sum() / max(1, len(nll))
 
 

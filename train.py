@@ -633,7 +633,8 @@ def model_card(out, settings, results, chance, n_rows):
         name=out.name, out=out, n_rows=n_rows, n_images=results.get("n_images", 0),
         commit=git.stdout.strip() if git and git.returncode == 0 else "unknown",
         command=shlex.join(["python", *sys.argv]), data=settings["data"], steps=settings["steps"],
-        batch_size=settings["accumulate"] * settings["batch-size"], objectives=settings["objectives"],
+        batch_size=settings["accumulate"] * settings["batch-size"],
+        objectives=settings["objectives"],
         scores="\n".join("    " + line for line in metrics.format_table(scores).splitlines()))
 
 
@@ -881,8 +882,8 @@ def main(args=None):
 
     guard.end(steps - first)
     if args.dry_run:
-        say(f"dry run: one step of {args.accumulate * batch_size} images, loss {values['loss']:.3f}, every row of "
-            "the data is well formed; nothing written")
+        say(f"dry run: one step of {args.accumulate * batch_size} images, loss "
+            f"{values['loss']:.3f}, every row of the data is well formed; nothing written")
     elif rank == 0:
         log.close()
         print(f"saved {out}")

@@ -18,7 +18,7 @@ import data                                            # noqa: E402
 from model import TINY, LoFi                           # noqa: E402
 
 TOWER = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2)
-SMALL = dataclasses.replace(                           # TINY's kind; LoRA and AdamW, as in the paper
+SMALL = dataclasses.replace(           # TINY's kind; LoRA and AdamW, as in the paper
     TINY, muon_lr=0, n_queries=4, lora_rank=16, llm_lora_rank=4, max_target=64,
     vision=dict(TOWER, image_size=32, patch_size=8),
     text=dict(TOWER, max_position_embeddings=32, projection_size=32),
