@@ -106,10 +106,10 @@ def test_a_run_and_its_export_are_one_encoder(encoder, rows, tmp_path):
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(p).resize((32, 32), 2), np.float32))
                           for p in paths])[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
     with torch.no_grad():
-        wanted = F.normalize(siglip.get_image_features(pixel_values=pixels).pooler_output, dim=1)
+        expected = F.normalize(siglip.get_image_features(pixel_values=pixels).pooler_output, dim=1)
         a, b = encoder.encode_image(paths), plain.encode_image(paths)
         assert torch.allclose(encoder.encode_text(texts), plain.encode_text(texts), atol=1e-6)
-    assert torch.allclose(a, b, atol=1e-6) and torch.allclose(b, wanted, atol=1e-6)
+    assert torch.allclose(a, b, atol=1e-6) and torch.allclose(b, expected, atol=1e-6)
     assert (plain.image_size, plain.text_length) == (32, 32)
     assert plain.source == str(tmp_path / "siglip") and not isinstance(plain, LoFi)
 
@@ -241,7 +241,7 @@ def test_long_texts_are_cut_and_said(encoder, capsys):
 
 @pytest.fixture
 def studies(rows):
-    """12 rows: two films of a study, reports of 1 to 3 sub-reports, one without a report."""
+    """12 rows: two images of a study, reports of 1 to 3 sub-reports, one without a report."""
     words = 4 * [s for row in rows for s in data.split_sentences(row["report"])]
     few = [{**row, "report": " ".join(words[13 * i:13 * i + 1 + i])}
            for i, row in enumerate(rows[:12])]
@@ -251,24 +251,24 @@ def studies(rows):
 
 
 def test_table_1_by_double_loops(encoder, studies):
-    """Guards: sub-reports that belong to another film, a study that counts twice, a film without a
+    """Guards: sub-reports that belong to another image, a study that counts twice, a image without a
     report among the candidates, R@K of the wrong direction."""
     with torch.no_grad():
         emb = torch.cat([encoder.encode_image(row["path"]) for row in studies])
     table = data.sub_report_table(studies)
     result = retrieve.table_1(encoder, table, emb)
-    films = [i for i in range(12) if i not in (4, 6)]
-    texts = [(i, text) for i in films for text in data.sub_reports(studies[i]["report"])]
-    assert table[0] == films and table[1] == [text for _, text in texts]
+    images = [i for i in range(12) if i not in (4, 6)]
+    texts = [(i, text) for i in images for text in data.sub_reports(studies[i]["report"])]
+    assert table[0] == images and table[1] == [text for _, text in texts]
     assert max(np.bincount([i for i, _ in texts])) == 3
     with torch.no_grad():
         cosine = (emb @ encoder.encode_text([text for _, text in texts]).T).double().numpy()
     for k in (1, 5, 10):
         hits = [any(texts[j][0] == i for j in sorted(range(len(texts)),
                                                      key=lambda j: -cosine[i, j])[:k])
-                for i in films]
+                for i in images]
         assert result["i2t"][f"R@{k}"] == pytest.approx(np.mean(hits))
-        hits = [i in sorted(films, key=lambda f: -cosine[f, j])[:k]
+        hits = [i in sorted(images, key=lambda f: -cosine[f, j])[:k]
                 for j, (i, _) in enumerate(texts)]
         assert result["t2i"][f"R@{k}"] == pytest.approx(np.mean(hits))
     assert data.sub_report_table([{**row, "report": ""} for row in studies])[1] == []

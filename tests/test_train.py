@@ -283,7 +283,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(odd, tmp_path, monkeypatch)
 
 
 def test_out_of_memory_says_what_to_lower(odd, tmp_path, monkeypatch):
-    """Guards: a traceback where a smaller batch is all that is wanted; another error hidden."""
+    """Guards: a traceback where a smaller batch is all that is needed; another error hidden."""
     def fail(words):
         def backward(*_, **__):
             raise RuntimeError(words)
