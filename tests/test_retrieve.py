@@ -383,7 +383,8 @@ def test_categories_by_hand(encoder, phantom, tmp_path, monkeypatch, capsys):
         cell = sheet[:360, n * 360:(n + 1) * 360]
         x0, y0, x1, y1 = [4 + round(v * 351)
                           for v in retrieve.regions_on(row, "nodule")[0]["boxes"][0]]
-        assert ((cell == [255, 255, 0]).all(-1)[y0:y1, x0 - 1:x0 + 2]).any(1).all()
+        edge = cell[y0:y1, x0 - 1:x0 + 2] == ImageColor.getrgb(data.COLOURS[0])
+        assert edge.all(-1).any(1).all()
         assert 0.02 < (cell[..., 0] > cell[..., 2] + 30).mean() < 0.6      # warm colours
 
 
