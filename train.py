@@ -812,7 +812,7 @@ def main(args=None):
     keys = batches(len(rows), batch_size, per_epoch, args.seed, first * args.accumulate,
                    steps * args.accumulate, rank, world)
     loader = load_batches(model, rows, args.objectives, args.seed, keys, args.workers)
-    writes = rank == 0 and not args.dry_run
+    writes, random = rank == 0 and not args.dry_run, bool(args.random_init and config.lora_rank)
     say(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
         f"objectives {args.objectives}, on {f'{world} x ' if world > 1 else ''}{device.type} in "
         f"{str(precision).removeprefix('torch.')}")
@@ -862,7 +862,7 @@ def main(args=None):
         line = {"step": done, "lr": learning_rate(step, steps, config), **values,
                 "samples_per_s": round(rate, 4)}
         at_checkpoint = done == steps or done % args.save_every == 0
-        if at_checkpoint and writes and split["val"]:
+        if at_checkpoint and writes and split["val"] and not random:
             if val := validate(model, split["val"], args.objectives, batch_size):
                 line["val"] = val
         log.write(json.dumps(line) + "\n")
@@ -887,7 +887,7 @@ def main(args=None):
     elif rank == 0:
         log.close()
         print(f"saved {out}")
-        finish_run(out, model, split, settings, began, random=args.random_init and config.lora_rank)
+        finish_run(out, model, split, settings, began, random)
 
 
 if __name__ == "__main__":
