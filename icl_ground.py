@@ -554,8 +554,7 @@ def prior_rows(predictions, training_rows):
 
 # ---- the picture of an answer -------------------------------------------------------------------
 
-YELLOW, GREEN = "#ffd21f", "#35e0c8"
-COLOURS = (YELLOW, "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
+GREEN = "#35e0c8"                                      # ground truth, where one phrase is drawn
 
 
 def dashed(pen, x0, y0, x1, y1, colour, dash=12):
@@ -584,7 +583,7 @@ def overlay(image, answers, longest=768):
     size = [max(1, round(n * longest / max(image.size))) for n in image.size]
     picture, lines = image.resize(size).convert("RGB"), []         # lines: (text, colour)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
-    for answer, colour in zip(answers, itertools.cycle(COLOURS)):
+    for answer, colour in zip(answers, itertools.cycle(data.COLOURS)):
         of_words, of_truth = ("white", GREEN) if len(answers) == 1 else (colour, colour)
         words = textwrap.wrap(answer["phrase"], max(12, size[0] // 11))
         lines += [*((line, of_words) for line in words), (outcome(answer), colour)]

@@ -682,7 +682,7 @@ def test_overlay_gives_each_phrase_its_colour_and_says_what_has_no_box():
     for sheet, n_boxes in zip(sheets, (1, 1, 0)):
         drawn = {tuple(v) for v in sheet[:300].reshape(-1, 3)} - {(0, 0, 0)}
         assert len(drawn) == n_boxes                           # of two equal boxes the later
-        for colour in icl_ground.COLOURS[:2]:                  # each phrase's words, below
+        for colour in data.COLOURS[:2]:                  # each phrase's words, below
             rgb = tuple(int(colour[i:i + 2], 16) for i in (1, 3, 5))
             assert (sheet[300:] == rgb).all(2).any()
     assert [icl_ground.outcome(a) for a in (answer(), answer(malformed=True), answer(box, score=0.5)

@@ -251,8 +251,8 @@ def studies(rows):
 
 
 def test_table_1_by_double_loops(encoder, studies):
-    """Guards: sub-reports that belong to another image, a study that counts twice, a image without a
-    report among the candidates, R@K of the wrong direction."""
+    """Guards: sub-reports that belong to another image, a study that counts twice, an image without
+    a report among the candidates, R@K of the wrong direction."""
     with torch.no_grad():
         emb = torch.cat([encoder.encode_image(row["path"]) for row in studies])
     table = data.sub_report_table(studies)
