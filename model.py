@@ -133,7 +133,7 @@ TINY = Config(                          # for a few hundred images on a CPU
     steps=1400, epochs=None, batch_size=48, min_batches=6, n_regions=3, max_target=34,
     answer_tokens=64, augment=0.65, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
-    text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=24, projection_size=128),
+    text=dict(TINY_TOWER, num_hidden_layers=1, max_position_embeddings=24, projection_size=128),
     decoder=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64,
                  initializer_range=0.08, hidden_activation="silu", max_position_embeddings=1024))
