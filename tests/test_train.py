@@ -550,7 +550,7 @@ def test_muon_is_torchs():
         for optimizer in optimizers:
             optimizer.step()
     for p, a, b in zip(start, ours, theirs):
-        assert (a - b).norm() < 0.02 * (b - p).norm() and (b - p).norm() > 0.1
+        assert (a - b).norm() < 0.02 * (b - p).norm() and (b - p).norm() > 0.05
 
 
 def test_dry_run_writes_nothing(phantom, tmp_path, monkeypatch):
