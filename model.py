@@ -129,7 +129,7 @@ class Config:
 PAPER = Config()
 TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, muon_lr=5, text_lr=0.3, scale_lr=10, warmup=0.02, weight_decay=0.05,
+    lr=1.2e-3, muon_lr=7.5, text_lr=0.3, scale_lr=10, warmup=0.02, weight_decay=0.05,
     steps=1400, epochs=None, batch_size=48, min_batches=6, n_regions=3, max_target=34,
     answer_tokens=64, augment=0.65, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
@@ -139,7 +139,8 @@ TINY = Config(                          # for a few hundred images on a CPU
                  initializer_range=0.08, hidden_activation="silu", max_position_embeddings=1024))
 # For the phantom: its images are many, so none is augmented; its reports have up to four sentences.
 PHANTOM = dataclasses.replace(
-    TINY, batch_size=32, augment=0.0, text=dict(TINY.text, max_position_embeddings=34))
+    TINY, steps=1500, batch_size=32, augment=0.0,
+    text=dict(TINY.text, max_position_embeddings=34))
 PRESETS = {"paper": PAPER, "tiny": TINY}
 
 # LoRA on the encoder layers alone: the suffix "out_proj" would also wrap the pooling head's, where

@@ -163,7 +163,7 @@ class Muon(torch.optim.Optimizer):
     It is torch.optim.Muon(adjust_lr_fn="match_rms_adamw") with the matrices of one shape in one
     batched product, which takes the miniature's on a CPU half the time."""
 
-    def __init__(self, params, lr, momentum=0.9):
+    def __init__(self, params, lr, momentum=0.85):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
 
     @torch.no_grad()
