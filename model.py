@@ -13,8 +13,8 @@ T text tokens  D shared width of image and text  H LLM width
 R rows of the LLM (image, prompt, target)  L prompt and target tokens  N target tokens of all rows
 boxes: (x0, y0, x1, y1), fractions of width and height
 
-In this order: Config, AttentionPooling, the parts (E_I, E_T, LLM, tokenizers, LoRA), Encoder, LoFi
-(forward, nll, answers, save and load); then files, devices and processes, the commands.
+Below: Config, AttentionPooling, building the parts, Encoder, LoFi (forward, nll, answers, save and
+load). The method ends there; then files, devices and processes, and the commands.
 """
 
 import argparse
@@ -28,22 +28,21 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description="Ask a trained LoFi about an image, or export its encoder.")
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="merge LoRA into a plain SiglipModel folder, which "
-                                 "transformers loads without this code")
-    export.add_argument("run", help="run folder of train.py")
-    export.add_argument("out", help="folder to write: model, tokenizer and image processor")
+    add = commands.add_parser("export", help="merge LoRA into a plain SiglipModel folder, which "
+                              "transformers loads without this code").add_argument
+    add("run", help="run folder of train.py")
+    add("out", help="folder to write: SiglipModel, tokenizer and image processor")
     ask = commands.add_parser(
-        "ask", help="print JSON: the report of an image, the boxes of phrases, or the sentence for "
-        "a box; with each a score, the geometric mean probability of the answer's tokens",
+        "ask", help="print JSON: an image's report, the boxes of phrases or the sentence of a box, "
+        "with a score each: the geometric mean probability of the answer's tokens",
         epilog="LoFi is never taught that a finding is absent: it answers almost any phrase with "
         "boxes. A low score is a hint, not a test.")
     ask.add_argument("run", help="run folder of train.py")
     ask.add_argument("image", help="a chest X-ray of any mode and size")
-    what = ask.add_mutually_exclusive_group()
-    what.add_argument("--phrase", nargs="+", metavar="WORDS",
-                      help="findings to look for, each a sentence (Eq. 3)")
-    what.add_argument("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"),
-                      help="region to describe, as fractions of width and height")
+    add = ask.add_mutually_exclusive_group().add_argument
+    add("--phrase", nargs="+", metavar="WORDS", help="findings, each a sentence (Eq. 3)")
+    add("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"),
+        help="region to describe, as fractions of width and height")
     return parser.parse_args()
 
 
@@ -57,7 +56,7 @@ import os
 import re
 import shutil
 import tempfile
-import urllib.request
+import warnings
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,14 +68,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open          # a dependency of transformers
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import save as serialize
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoConfig, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
-                          PreTrainedModel, PreTrainedTokenizerFast, SiglipConfig,
-                          SiglipImageProcessor, SiglipModel)
+from transformers import (AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel,
+                          PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
 from transformers import logging as transformers_logging
-from transformers.utils.hub import is_offline_mode
+from transformers.utils.hub import get_session
 
 import data
 from losses import autoregressive_nll
@@ -198,9 +196,8 @@ LLM_LORA = r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"
 
 
 def build_encoder(config, batch_size=None):
-    """E_I and E_T: the pretrained SiglipModel, or one of the same class with random weights.
-
-    batch_size: of a step, by which b starts (config's by default)."""
+    """E_I and E_T: the pretrained SiglipModel, or one of the same class with random weights, whose
+    b starts by the batch size (config's by default)."""
     if config.encoder:
         return load_pretrained(SiglipModel, config.encoder, NO_WEIGHTS, dtype=torch.float32)
     siglip = SiglipModel(SiglipConfig(vision_config=config.vision, text_config=config.text))
@@ -211,9 +208,9 @@ def build_encoder(config, batch_size=None):
         place = siglip.vision_model.embeddings.position_embedding.weight
         place.copy_(grid_code(round(len(place) ** 0.5), place.shape[1],
                               config.vision["num_attention_heads"]))
-        # SigLIP's text embedding is the state at the last position, which is often padding and
-        # sees the words only through attention. With large token, small position and zero padding
-        # embeddings, what it sees at first is close to the sum of the words.
+        # SigLIP reads the text embedding off the last position, often a padding token. So that it
+        # starts as about the mean of the words, whatever their order and number: token embeddings
+        # larger, position embeddings smaller, padding zero.
         words = siglip.text_model.embeddings
         words.token_embedding.weight.mul_(3)
         words.token_embedding.weight[config.text["pad_token_id"]].zero_()
@@ -263,8 +260,10 @@ def add_lora(part, rank, alpha, target_modules):
     """Freeze a part and wrap the named layers in LoRA; rank 0 leaves it whole and trainable."""
     if not rank:
         return part
-    return get_peft_model(part, LoraConfig(r=rank, lora_alpha=alpha,
-                                           target_modules=target_modules))
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules)
+    with warnings.catch_warnings():     # peft still reads a deprecated attribute of transformers
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(part, lora)
 
 
 # ---- E_I and E_T --------------------------------------------------------------------------------
@@ -287,7 +286,6 @@ class Encoder(nn.Module):
     @staticmethod
     def load(source, device="cpu"):
         """A run folder of train.py -> LoFi; a SigLIP-family id or folder -> Encoder, for baselines.
-
         Raises InputError."""
         source, path = str(source), Path(source)
         if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir()):
@@ -364,13 +362,10 @@ class LoFi(Encoder):
 
     @classmethod
     def build(cls, config, texts=(), batch_size=None):
-        """A model to train. texts: what a missing tokenizer is learned from; batch_size: see
-        build_encoder. Raises InputError."""
+        """A model to train; a missing tokenizer is learned from the texts. Raises InputError."""
         text_tokenizer, llm_tokenizer, config = build_tokenizers(config, texts)
         return cls(config, build_encoder(config, batch_size), build_llm(config), text_tokenizer,
                    llm_tokenizer)
-
-    # ---- training -------------------------------------------------------------------------------
 
     def forward(self, batch):
         """A batch of data.Collate -> image_emb (B, D), text_emb (B, D), nll (R,).
@@ -422,12 +417,13 @@ class LoFi(Encoder):
         out = self.llm.generate(                                                   # (R, n)
             inputs_embeds=pad_left(embeds), attention_mask=pad_left(mask), do_sample=False,
             top_k=None, top_p=None, max_new_tokens=max_new_tokens,
-            eos_token_id=self.llm_tokenizer.eos_token_id, pad_token_id=self.llm_tokenizer.pad_token_id)
+            eos_token_id=self.llm_tokenizer.eos_token_id,
+            pad_token_id=self.llm_tokenizer.pad_token_id)
         texts = self.llm_tokenizer.batch_decode(out, skip_special_tokens=True)
         return (texts, self.scores(visual, prompts, out)) if with_scores else texts
 
     def scores(self, visual, prompts, answers):
-        """exp(-nll) of each answer: R prompts (ids), (R, n) ids with padding after <eos> -> R floats."""
+        """exp(-nll) of each answer -> R floats. Ids of prompts, a list of R, and answers (R, n)."""
         ids, is_target = [], []
         for prompt, answer in zip(prompts, answers):
             is_eos = answer == self.llm_tokenizer.eos_token_id
@@ -440,8 +436,7 @@ class LoFi(Encoder):
 
     @torch.no_grad()
     def ask(self, image, prompts, max_new_tokens=256):
-        """Answers to several prompts on one image, which passes the vision tower once -> texts, and
-        the score of each."""
+        """Several prompts on one image, encoded once -> the answers and the score of each."""
         visual = self.visual_tokens(self.encode_image(image, with_patches=True)[1])
         return self.generate(visual.expand(len(prompts), -1, -1), prompts, max_new_tokens,
                              with_scores=True)
@@ -452,10 +447,9 @@ class LoFi(Encoder):
         return (report, score) if with_score else report
 
     def ground(self, image, phrases, with_scores=False):
-        """An image and phrases -> the boxes of each (Eq. 3), none where the answer is malformed;
-        a string is one phrase. with_scores: also the score of each answer.
+        """An image and phrases (or one) -> the boxes of each (Eq. 3), none if malformed.
 
-        The method never learns that a finding is not there, so almost any phrase gets boxes."""
+        The method never learns that a finding is absent, so almost any phrase gets boxes."""
         phrases = [phrases] if isinstance(phrases, str) else phrases
         prompts = [data.GROUNDING_PROMPT.format(phrase=phrase) for phrase in phrases]
         answers, scores = self.ask(image, prompts, self.config.answer_tokens)
@@ -480,9 +474,7 @@ class LoFi(Encoder):
                 if name in trains or name.startswith(built) and "lm_head" not in name}
 
     def save_pretrained(self, folder):
-        """Write tokenizer/, model.safetensors and config.json, each file atomically.
-
-        Raises InputError if one cannot be written."""
+        """Write tokenizer/, model.safetensors and config.json, each atomically, or InputError."""
         folder = Path(folder)
         with tempfile.TemporaryDirectory() as scratch:
             self.llm_tokenizer.save_pretrained(scratch)
@@ -497,34 +489,23 @@ class LoFi(Encoder):
     def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
         config, place = read_config(folder), Path(folder, "tokenizer")
+        state = read_weights(Path(folder, "model.safetensors"))
         try:
             siglip, llm = build_encoder(config), build_llm(config)
             model = cls(config, siglip, llm,
                         load_tokenizer(place / "text", siglip.config.text_config.vocab_size),
-                        load_tokenizer(place, llm.config.vocab_size,
-                                       ("bos_token", "eos_token", "pad_token")))
+                        load_tokenizer(place, llm.config.vocab_size))
+            if wrong := state.keys() ^ model.saved_state().keys():
+                raise ValueError(f"{min(wrong)} is missing or unknown")
+            model.load_state_dict(state, strict=False)         # not what is pretrained and frozen
         except InputError:
             raise
-        except Exception as error:
-            raise InputError(f"{folder}/config.json: no model can be built from it "
-                             f"({first_line(error)}); was it edited?")
-        model.load_weights(Path(folder, "model.safetensors"))
+        except Exception as error:      # torch and transformers raise many kinds
+            reason = " ".join(str(error).split())
+            raise InputError(f"{folder}: config.json and model.safetensors do not make a model; is "
+                             f"one of them edited or of another run? ({reason})")
         model.source = str(folder)
         return model.to(device).eval()
-
-    def load_weights(self, path):
-        """Load model.safetensors. Raises InputError if it is damaged or of another model."""
-        state = read_weights(path)
-        found = {(name, tensor.shape) for name, tensor in state.items()}
-        expected = {(name, tensor.shape) for name, tensor in self.saved_state().items()}
-        if wrong := found ^ expected:
-            raise InputError(f"{path}: {len(wrong)} tensors do not fit config.json, such as "
-                             f"{min(wrong)[0]}; it is a checkpoint of another model")
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                raise InputError(f"{path}: {name} has a value that is not finite; the training "
-                                 "diverged or the file was edited: train again, or take a copy")
-        self.load_state_dict(state, strict=False)
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -544,18 +525,10 @@ def read_config(folder):
                          "`python train.py` makes runs/phantom")
 
 
-def checksum(state):
-    """The crc32 of named tensors: names, types, shapes and values."""
-    crc = 0
-    for name, tensor in sorted(state.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
-
-
 def write_weights(path, state):
     """Write {name: tensor} to a safetensors file, with a checksum. Raises InputError."""
-    content = to_safetensors(state, metadata={"crc32": checksum(state)})
+    checksum = zlib.crc32(serialize(state))
+    content = serialize(state, {"crc32": str(checksum)})
     write_file(path, lambda draft: draft.write_bytes(content))
 
 
@@ -568,7 +541,7 @@ def read_weights(path):
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: missing or damaged ({first_line(error)}); was the run stopped "
                          "before its first checkpoint?")
-    if checksum(state) != expected:
+    if str(zlib.crc32(serialize(state))) != expected:
         raise InputError(f"{path}: checksum mismatch, the file is damaged or was not written by "
                          "this code; train again, or take a copy")
     return state
@@ -577,14 +550,9 @@ def read_weights(path):
 @functools.cache
 def hub_is_reachable():
     """Check once whether the Hub is reachable; transformers retries for minutes."""
-    if is_offline_mode():                                      # HF_HUB_OFFLINE=1
-        return False
     try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
-                               timeout=10).close()
-    except urllib.request.HTTPError:
-        return True                                            # it answered
-    except (OSError, ValueError):
+        get_session().head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10)
+    except Exception:                   # no network, a bad address, HF_HUB_OFFLINE=1
         return False
     return True
 
@@ -604,31 +572,26 @@ def load_pretrained(cls, source, hint="", **options):
         if missing := report["missing_keys"]:                  # they would stay random
             raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
         return part
-    except Exception as error:                                 # transformers raises many kinds
-        advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
-                  if is_folder else
-                  f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
-                  "`hf auth login`; or give a local folder")
+    except Exception as error:          # transformers raises many kinds
+        advice = f"if it is gated, accept its terms at https://huggingface.co/{source} and run " \
+                 "`hf auth login`; or give a local folder"
+        if is_folder:
+            advice = "expected a folder that save_pretrained wrote, with its weights and tokenizer"
         raise InputError(f"{source}: cannot be loaded ({first_line(error).rstrip('. ')}); {advice}"
                          f"{hint and '; '}{hint}")
 
 
-def load_tokenizer(source, vocab_size=math.inf, special=("eos_token", "pad_token"), hint=""):
-    """The tokenizer of a folder or model id. vocab_size: token embeddings of the model; special:
-    tokens that it must have. Raises InputError."""
-    try:
-        tokenizer = load_pretrained(AutoTokenizer, source)
-    except InputError:                  # SigLIP 1 names a class that needs another package
-        tokenizer = load_pretrained(PreTrainedTokenizerFast, source, hint)
+def load_tokenizer(source, vocab_size=math.inf, hint=""):
+    """The tokenizer of a folder or model id. Raises InputError if it does not fit a model that has
+    vocab_size token embeddings."""
+    # reads tokenizer.json; AutoTokenizer would ask for another package for SigLIP 1
+    tokenizer = load_pretrained(PreTrainedTokenizerFast, source, hint)
     if tokenizer.vocab_size > vocab_size:
         raise InputError(f"{source}: its largest id is {tokenizer.vocab_size - 1:,}, but the model "
-                         f"has {vocab_size:,} token embeddings; it is the tokenizer of another "
-                         "model")
-    for name in special:
-        number = getattr(tokenizer, f"{name}_id")
-        if number is None or number >= vocab_size:             # a default that is not in the file
-            raise InputError(f"{source}: its {name} is missing; take the tokenizer that came with "
-                             "the model")
+                         f"has {vocab_size:,} token embeddings; it is of another model")
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise InputError(f"{source}: its {name} is missing; take the model's own tokenizer")
     return tokenizer
 
 
@@ -636,15 +599,14 @@ def load_tokenizer(source, vocab_size=math.inf, special=("eos_token", "pad_token
 
 def find_device(name=None):
     """--device -> torch.device; under torchrun each process takes its own GPU. Raises InputError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
-    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:            # not a device, or not there
+        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N, a GPU that torch sees "
+                         f"({first_line(error)})")
 
 
 def join_processes(device=torch.device("cpu")):
@@ -676,6 +638,7 @@ def export(run, out):
     """Merge LoRA into a plain SiglipModel folder. Raises InputError.
 
     Texts for it must be lower-cased and padded to text_length, as data.text_ids does."""
+    from transformers import SiglipImageProcessor
     model, out = LoFi.from_pretrained(run), Path(out)
     if out.exists():
         raise InputError(f"{out}: exists already; name a new folder")
@@ -718,8 +681,7 @@ def main(args=None):
         print(json.dumps(answer(args.run, args.image, args.phrase, args.box)))
     else:
         export(args.run, args.out)
-        print(f"wrote {args.out}; load it with "
-              f"transformers.SiglipModel.from_pretrained({args.out!r})")
+        print(f"wrote {args.out}: transformers.SiglipModel.from_pretrained({args.out!r})")
 
 
 if __name__ == "__main__":
