@@ -4,6 +4,7 @@
     model = LoFi.from_pretrained("runs/phantom")
     model.ground("x.png", ["The heart is enlarged."])      # -> boxes of each phrase
     emb = model.encode_image(["a.png", "b.png"])           # -> (2, D), unit length, no gradient
+    emb @ model.encode_text(["No nodule."]).T              # -> (2, 1) cosines
 
     python model.py ask RUN IMAGE --phrase WORDS ...       # boxes; without --phrase the report
     python model.py export RUN OUT                         # a plain SiglipModel folder, LoRA merged
@@ -56,9 +57,9 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 import warnings
 import zlib
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -87,7 +88,7 @@ SIGLIP2_400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=
 TINY_TOWER = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, hidden_act="gelu")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The paper's setting; TINY below is the miniature. Sizes count only when nothing is loaded."""
     preset: str = "paper"
@@ -150,13 +151,12 @@ def grid_code(n, width, heads):
 
     A head of h channels holds h / 4 frequencies of x and of y, from 1/2 to 2 periods over the
     image; equal positions have the largest dot product."""
-    n_frequencies = width // heads // 4
-    frequency = torch.pi * torch.linspace(0, 2, n_frequencies).exp2()
+    frequency = torch.pi * torch.linspace(0, 2, width // heads // 4).exp2()
     position = (torch.arange(n) + 0.5) / n
     y, x = torch.meshgrid(position, position, indexing="ij")
     angle = torch.stack([x, y], -1).view(n * n, 2, 1) * frequency                  # (n * n, 2, h/4)
     code = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)                    # (n * n, h)
-    return F.pad(code, (0, width // heads - code.shape[1])).repeat(1, heads)
+    return code.repeat(1, heads)
 
 
 class AttentionPooling(nn.Module):
@@ -186,9 +186,8 @@ class AttentionPooling(nn.Module):
         return self.projection(self.norm(pooled))                                  # (B, V, H)
 
 
-# ---- the parts: encoder, LLM, tokenizers, LoRA --------------------------------------------------
+# ---- building the parts: E_I and E_T, LLM, LoRA --------------------------------------------------
 
-NO_WEIGHTS = "--preset tiny and --random-init need no weights"
 # LoRA only on the encoder layers: the suffix "out_proj" would also wrap the pooling head's, where
 # LoRA has neither effect nor gradient.
 ENCODER_LORA = r".*encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
@@ -199,7 +198,7 @@ def build_encoder(config, batch_size=None):
     """E_I and E_T: the pretrained SiglipModel, or one of the same class with random weights, whose
     b starts by the batch size (config's by default)."""
     if config.encoder:
-        return load_pretrained(SiglipModel, config.encoder, NO_WEIGHTS, dtype=torch.float32)
+        return load_pretrained(SiglipModel, config.encoder, dtype=torch.float32)
     siglip = SiglipModel(SiglipConfig(vision_config=config.vision, text_config=config.text))
     with torch.no_grad():
         siglip.logit_scale.fill_(math.log(10))                 # t' as SigLIP starts it
@@ -223,7 +222,7 @@ def build_encoder(config, batch_size=None):
 def build_llm(config):
     """The pretrained Gemma 3 text model, or one of the same class with random weights."""
     if config.llm:
-        return load_pretrained(Gemma3ForCausalLM, config.llm, NO_WEIGHTS, dtype=torch.float32)
+        return load_pretrained(Gemma3ForCausalLM, config.llm, dtype=torch.float32)
     llm = Gemma3ForCausalLM(Gemma3TextConfig(**config.decoder))
     if not config.llm_lora_rank:
         zero_residual_branches(llm)
@@ -236,24 +235,6 @@ def zero_residual_branches(part):
     for name, p in part.named_parameters():
         if re.search(r"layers.*\.(out_proj|o_proj|fc2|down_proj)\.weight", name):
             p.zero_()
-
-
-def build_tokenizers(config, texts):
-    """-> (text tokenizer, LLM tokenizer, config with the vocabulary sizes filled in).
-
-    A pretrained part brings its own; for the others a byte-level BPE is learned from the texts."""
-    text_tokenizer = config.encoder and load_tokenizer(config.encoder, hint=NO_WEIGHTS)
-    llm_tokenizer = config.llm and load_tokenizer(config.llm, hint=NO_WEIGHTS)
-    if text_tokenizer and llm_tokenizer:
-        return text_tokenizer, llm_tokenizer, config
-    learned = data.learn_tokenizer(texts, config.vocab_size)
-    say(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training split")
-    size = {"vocab_size": len(learned)}
-    special = dict(bos_token_id=learned.bos_token_id, eos_token_id=learned.eos_token_id,
-                   pad_token_id=learned.pad_token_id)
-    config = dataclasses.replace(config, text={**size, **config.text, **special},
-                                 decoder={**size, **config.decoder, **special})
-    return text_tokenizer or learned, llm_tokenizer or learned, config
 
 
 def add_lora(part, rank, alpha, target_modules):
@@ -269,13 +250,7 @@ def add_lora(part, rank, alpha, target_modules):
 # ---- E_I and E_T --------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer; LoFi extends it.
-
-        encoder = Encoder.load("runs/phantom")             # or a SigLIP-family id or folder
-        image_emb = encoder.encode_image(["a.png", "b.png"])                       # (2, D)
-        text_emb = encoder.encode_text(["Large left pleural effusion."])           # (1, D)
-        cosine = text_emb @ image_emb.T                                            # (1, 2)
-    """
+    """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer. LoFi extends it."""
 
     def __init__(self, siglip, text_tokenizer):
         super().__init__()
@@ -362,10 +337,21 @@ class LoFi(Encoder):
 
     @classmethod
     def build(cls, config, texts=(), batch_size=None):
-        """A model to train; a missing tokenizer is learned from the texts. Raises InputError."""
-        text_tokenizer, llm_tokenizer, config = build_tokenizers(config, texts)
-        return cls(config, build_encoder(config, batch_size), build_llm(config), text_tokenizer,
-                   llm_tokenizer)
+        """A model to train. A pretrained part brings its tokenizer; for the others a byte-level BPE
+        is learned from the texts. Raises InputError."""
+        text_tokenizer = config.encoder and load_tokenizer(config.encoder)
+        llm_tokenizer = config.llm and load_tokenizer(config.llm)
+        if not (text_tokenizer and llm_tokenizer):
+            learned = data.learn_tokenizer(texts, config.vocab_size)
+            say(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training "
+                "split")
+            size = {"vocab_size": len(learned)}                # unless the preset says more
+            special = dict(bos_token_id=learned.bos_token_id, eos_token_id=learned.eos_token_id,
+                           pad_token_id=learned.pad_token_id)
+            config = dataclasses.replace(config, text={**size, **config.text, **special},
+                                         decoder={**size, **config.decoder, **special})
+        return cls(config, build_encoder(config, batch_size), build_llm(config),
+                   text_tokenizer or learned, llm_tokenizer or learned)
 
     def forward(self, batch):
         """A batch of data.Collate -> image_emb (B, D), text_emb (B, D), nll (R,).
@@ -426,9 +412,9 @@ class LoFi(Encoder):
         """exp(-nll) of each answer -> R floats. Ids of prompts, a list of R, and answers (R, n)."""
         ids, is_target = [], []
         for prompt, answer in zip(prompts, answers):
-            is_eos = answer == self.llm_tokenizer.eos_token_id
-            answer = answer[is_eos.cumsum(0) - is_eos.long() == 0]         # up to the first <eos>
-            ids.append(torch.cat([prompt, answer]))
+            is_eos = (answer == self.llm_tokenizer.eos_token_id).nonzero()
+            n_tokens = is_eos[0] + 1 if len(is_eos) else len(answer)       # padding follows <eos>
+            ids.append(torch.cat([prompt, answer[:n_tokens]]))
             is_target.append(torch.arange(len(ids[-1]), device=visual.device) >= len(prompt))
         nll = self.nll(visual, pad_sequence(ids, batch_first=True),
                        pad_sequence(is_target, batch_first=True))
@@ -494,16 +480,17 @@ class LoFi(Encoder):
             siglip, llm = build_encoder(config), build_llm(config)
             model = cls(config, siglip, llm,
                         load_tokenizer(place / "text", siglip.config.text_config.vocab_size),
-                        load_tokenizer(place, llm.config.vocab_size))
+                        load_tokenizer(place, llm.config.vocab_size,
+                                       ("bos_token", "eos_token", "pad_token")))
             if wrong := state.keys() ^ model.saved_state().keys():
                 raise ValueError(f"{min(wrong)} is missing or unknown")
             model.load_state_dict(state, strict=False)         # not what is pretrained and frozen
         except InputError:
             raise
         except Exception as error:      # torch and transformers raise many kinds
-            reason = " ".join(str(error).split())
-            raise InputError(f"{folder}: config.json and model.safetensors do not make a model; is "
-                             f"one of them edited or of another run? ({reason})")
+            raise InputError(f"{folder}: config.json and model.safetensors do not make a model "
+                             f"({textwrap.shorten(str(error), 200)}); is one of them edited, or of "
+                             "another run?")
         model.source = str(folder)
         return model.to(device).eval()
 
@@ -527,23 +514,20 @@ def read_config(folder):
 
 def write_weights(path, state):
     """Write {name: tensor} to a safetensors file, with a checksum. Raises InputError."""
-    checksum = zlib.crc32(serialize(state))
-    content = serialize(state, {"crc32": str(checksum)})
+    content = serialize(state, {"crc32": str(zlib.crc32(serialize(state)))})
     write_file(path, lambda draft: draft.write_bytes(content))
 
 
 def read_weights(path):
-    """Read what write_weights wrote. Raises InputError if it is missing or damaged."""
+    """Read what write_weights wrote. Raises InputError."""
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-            expected = (file.metadata() or {}).get("crc32")
+            if (file.metadata() or {}).get("crc32") != str(zlib.crc32(serialize(state))):
+                raise OSError("checksum mismatch")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: missing or damaged ({first_line(error)}); was the run stopped "
-                         "before its first checkpoint?")
-    if str(zlib.crc32(serialize(state))) != expected:
-        raise InputError(f"{path}: checksum mismatch, the file is damaged or was not written by "
-                         "this code; train again, or take a copy")
+        raise InputError(f"{path}: missing, damaged or not written by this code "
+                         f"({first_line(error)}); train again, or take a copy")
     return state
 
 
@@ -573,24 +557,25 @@ def load_pretrained(cls, source, hint="", **options):
             raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
         return part
     except Exception as error:          # transformers raises many kinds
-        advice = f"if it is gated, accept its terms at https://huggingface.co/{source} and run " \
-                 "`hf auth login`; or give a local folder"
-        if is_folder:
-            advice = "expected a folder that save_pretrained wrote, with its weights and tokenizer"
+        advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
+                  if is_folder else
+                  f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
+                  "`hf auth login`; or give a local folder; train.py --preset tiny needs none")
         raise InputError(f"{source}: cannot be loaded ({first_line(error).rstrip('. ')}); {advice}"
                          f"{hint and '; '}{hint}")
 
 
-def load_tokenizer(source, vocab_size=math.inf, hint=""):
+def load_tokenizer(source, vocab_size=math.inf, special=("eos_token", "pad_token")):
     """The tokenizer of a folder or model id. Raises InputError if it does not fit a model that has
-    vocab_size token embeddings."""
+    vocab_size token embeddings and needs these special tokens."""
     # reads tokenizer.json; AutoTokenizer would ask for another package for SigLIP 1
-    tokenizer = load_pretrained(PreTrainedTokenizerFast, source, hint)
+    tokenizer = load_pretrained(PreTrainedTokenizerFast, source)
     if tokenizer.vocab_size > vocab_size:
         raise InputError(f"{source}: its largest id is {tokenizer.vocab_size - 1:,}, but the model "
                          f"has {vocab_size:,} token embeddings; it is of another model")
-    for name in ("eos_token", "pad_token"):
-        if getattr(tokenizer, name) is None:
+    for name in special:
+        number = getattr(tokenizer, f"{name}_id")
+        if number is None or number >= vocab_size:
             raise InputError(f"{source}: its {name} is missing; take the model's own tokenizer")
     return tokenizer
 
@@ -598,21 +583,19 @@ def load_tokenizer(source, vocab_size=math.inf, hint=""):
 # ---- the device, and the processes of torchrun --------------------------------------------------
 
 def find_device(name=None):
-    """--device -> torch.device; under torchrun each process takes its own GPU. Raises InputError."""
+    """--device -> torch.device; with torchrun each process takes its own GPU. Raises InputError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:            # not a device, or not there
-        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N, a GPU that torch sees "
-                         f"({first_line(error)})")
+    except (RuntimeError, AssertionError):                     # not a device, or not there
+        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N, a GPU that torch sees")
 
 
 def join_processes(device=torch.device("cpu")):
-    """Join the processes that torchrun started -> (rank, number of processes).
-
-    device: of the tensors to exchange."""
+    """Join the processes that torchrun started, which exchange tensors on a device -> (rank,
+    number of processes)."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -653,35 +636,32 @@ def export(run, out):
         draft.rename(out)
 
 
-def answer(run, image, phrases, box):
-    """What a trained LoFi answers about one image: to phrases, to a box, or its report."""
-    if box and (problem := box_problem(box)):
-        raise InputError(f"--box {box}: {problem}")
-    model = LoFi.from_pretrained(run)
-    if box:
-        sentence, score = model.describe(image, [box], with_score=True)
-        return {"boxes": [box], "sentence": sentence, "score": score}
-    if not phrases:
-        report, score = model.report(image, with_score=True)
-        return {"report": report, "score": score}
-    answers = []
-    for phrase, boxes, score in zip(phrases, *model.ground(image, phrases, with_scores=True)):
-        if not boxes:
-            print(f"no box predicted for {phrase!r}", file=sys.stderr)
-        answers.append({"phrase": phrase, "boxes": boxes, "score": score,
-                        "sentence": model.describe(image, boxes) if boxes else ""})
-    return answers
-
-
 def main(args=None):
     args = args or parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if args.command == "ask":
-        print(json.dumps(answer(args.run, args.image, args.phrase, args.box)))
-    else:
+    if args.command == "export":
         export(args.run, args.out)
         print(f"wrote {args.out}: transformers.SiglipModel.from_pretrained({args.out!r})")
+        return
+    if args.box and (problem := box_problem(args.box)):
+        raise InputError(f"--box {args.box}: {problem}")
+    model = LoFi.from_pretrained(args.run)
+    if args.box:
+        sentence, score = model.describe(args.image, [args.box], with_score=True)
+        answer = {"boxes": [args.box], "sentence": sentence, "score": score}
+    elif args.phrase:
+        answer = []
+        found, scores = model.ground(args.image, args.phrase, with_scores=True)
+        for phrase, boxes, score in zip(args.phrase, found, scores):
+            if not boxes:
+                print(f"no box predicted for {phrase!r}", file=sys.stderr)
+            sentence = model.describe(args.image, boxes) if boxes else ""
+            answer.append({"phrase": phrase, "boxes": boxes, "score": score, "sentence": sentence})
+    else:
+        report, score = model.report(args.image, with_score=True)
+        answer = {"report": report, "score": score}
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":
