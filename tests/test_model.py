@@ -333,7 +333,7 @@ def test_a_tokenizer_of_another_model_is_refused(model, tmp_path):
 
 
 def test_files_follow_the_umask(model, tmp_path):
-    """Guards: model.safetensors that colleagues cannot read, beside files that they can."""
+    """Guards: model.safetensors that colleagues cannot read, next to files that they can."""
     old = os.umask(0o022)
     try:
         model.save_pretrained(tmp_path / "run")
