@@ -68,13 +68,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError, safe_open          # a dependency of transformers
-from safetensors.torch import save as serialize
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel,
                           PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
 from transformers import logging as transformers_logging
+from transformers.modeling_utils import safe_open, safe_save_file
 from transformers.utils.hub import get_session
 
 import data
@@ -251,7 +250,19 @@ def add_lora(part, rank, alpha, target_modules):
 # ---- E_I and E_T --------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer. LoFi extends it."""
+    """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer. LoFi extends it.
+
+    Embed a folder of images and search them:
+
+        encoder = Encoder.load("runs/phantom")             # or a SigLIP-family id or folder
+        paths = sorted(Path("images").glob("*.png"))
+        image_emb = torch.cat([encoder.encode_image(paths[i:i + 64])
+                               for i in range(0, len(paths), 64)])                 # (N, D)
+        text_emb = encoder.encode_text(["Large left pleural effusion."])           # (1, D)
+        cosine = (text_emb @ image_emb.T)[0]                                       # (N,)
+        for i in cosine.topk(5).indices:
+            print(f"{cosine[i]:.3f}", paths[i])
+    """
 
     def __init__(self, siglip, text_tokenizer):
         super().__init__()
@@ -338,12 +349,19 @@ class LoFi(Encoder):
 
     @classmethod
     def build(cls, config, texts=(), batch_size=None):
-        """A model to train. A pretrained part brings its tokenizer; for the others a byte-level BPE
-        is learned from the texts. Raises InputError."""
-        text_tokenizer = config.encoder and load_tokenizer(config.encoder)
-        llm_tokenizer = config.llm and load_tokenizer(config.llm)
+        """A model to train. A pretrained part brings its tokenizer; where there is none, a
+        byte-level BPE is learned from the texts. Raises InputError."""
+        text_tokenizer, llm_tokenizer = find_tokenizer(config.encoder), find_tokenizer(config.llm)
         if not (text_tokenizer and llm_tokenizer):
-            learned = data.learn_tokenizer(texts, config.vocab_size)
+            n_tokens = config.vocab_size
+            if config.encoder and not text_tokenizer:
+                siglip = load_pretrained(SiglipConfig, config.encoder)
+                n_tokens = min(n_tokens, siglip.text_config.vocab_size)
+                say(f"{config.encoder} has no tokenizer: its text tower reads tokens of ours")
+            learned = data.learn_tokenizer(texts, n_tokens)
+            if len(learned) > n_tokens:
+                raise InputError(f"{config.encoder}: its {n_tokens} text tokens are too few for a "
+                                 "byte-level tokenizer; give an encoder with its tokenizer")
             say(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training "
                 "split")
             size = {"vocab_size": len(learned)}                # unless the preset says more
@@ -476,7 +494,12 @@ class LoFi(Encoder):
     def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
         config, place = read_config(folder), Path(folder, "tokenizer")
-        state = read_weights(Path(folder, "model.safetensors"))
+        weights = Path(folder, "model.safetensors")
+        state = read_weights(weights)
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{weights}: {name} has a value that is not finite: the training "
+                                 "diverged or the file was edited; train again, or take a copy")
         try:
             siglip, llm = build_encoder(config), build_llm(config)
             model = cls(config, siglip, llm,
@@ -513,10 +536,19 @@ def read_config(folder):
                          "`python train.py` makes runs/phantom")
 
 
+def checksum(state):
+    """crc32 of tensors with their names, types and shapes, as text."""
+    value = 0
+    for name, tensor in sorted(state.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+    return str(value)
+
+
 def write_weights(path, state):
     """Write {name: tensor} to a safetensors file, with a checksum. Raises InputError."""
-    content = serialize(state, {"crc32": str(zlib.crc32(serialize(state)))})
-    write_file(path, lambda draft: draft.write_bytes(content))
+    metadata = {"crc32": checksum(state)}
+    write_file(path, lambda draft: safe_save_file(state, draft, metadata))
 
 
 def read_weights(path):
@@ -524,11 +556,13 @@ def read_weights(path):
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-            if (file.metadata() or {}).get("crc32") != str(zlib.crc32(serialize(state))):
-                raise OSError("checksum mismatch")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: missing, damaged or not written by this code "
-                         f"({first_line(error)}); train again, or take a copy")
+            stored = (file.metadata() or {}).get("crc32")
+    except Exception as error:          # safetensors raises kinds of its own
+        raise InputError(f"{path}: missing or damaged ({first_line(error)}); train again, or take "
+                         "a copy")
+    if stored != checksum(state):
+        raise InputError(f"{path}: checksum mismatch, the file is damaged or was not written by "
+                         "this code; train again, or take a copy")
     return state
 
 
@@ -564,6 +598,14 @@ def load_pretrained(cls, source, hint="", **options):
                   "`hf auth login`; or give a local folder; train.py --preset tiny needs none")
         raise InputError(f"{source}: cannot be loaded ({first_line(error).rstrip('. ')}); {advice}"
                          f"{hint and '; '}{hint}")
+
+
+def find_tokenizer(source):
+    """The tokenizer of a folder or model id, None if it has none."""
+    try:
+        return source and load_tokenizer(source)
+    except InputError:
+        return None
 
 
 def load_tokenizer(source, vocab_size=math.inf, special=("eos_token", "pad_token")):

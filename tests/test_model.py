@@ -287,10 +287,10 @@ def test_damaged_and_foreign_checkpoints_are_refused(model, tmp_path):
     (tmp_path / "run" / "config.json").write_text(config)
     weights = tmp_path / "run" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(InputError, match="model.safetensors: missing, damaged"):
+    with pytest.raises(InputError, match="model.safetensors: missing or damaged"):
         LoFi.from_pretrained(tmp_path / "run")
     weights.unlink()
-    with pytest.raises(InputError, match="model.safetensors: missing, damaged"):
+    with pytest.raises(InputError, match="model.safetensors: missing or damaged"):
         LoFi.from_pretrained(tmp_path / "run")
 
 
@@ -314,6 +314,15 @@ def test_a_flipped_byte_of_the_weights_is_noticed(model, tmp_path):
             lofi_model.read_weights(path)
         path.write_bytes(whole)
     assert len(lofi_model.read_weights(weights)) == len(model.saved_state())
+
+
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+    """Guards: a diverged model that answers nonsense."""
+    with torch.no_grad():
+        model.pooling.norm.bias[3] = torch.nan
+    model.save_pretrained(tmp_path / "run")
+    with pytest.raises(InputError, match="pooling.norm.bias has a value that is not finite"):
+        LoFi.from_pretrained(tmp_path / "run")
 
 
 def test_a_tokenizer_of_another_model_is_refused(model, tmp_path):

@@ -565,14 +565,15 @@ def test_the_paper_preset_takes_any_siglip_and_gemma_folder(odd, rows, tmp_path,
     config."""
     model = LoFi.build(dataclasses.replace(SMALL, lora_rank=0, llm_lora_rank=0),
                        data.tokenizer_texts(rows))
-    for part, tokenizer, name in ((model.siglip, model.text_tokenizer, "siglip"),
+    for part, tokenizer, name in ((model.siglip, None, "siglip"),
                                   (model.llm, model.llm_tokenizer, "gemma")):
         part.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        if tokenizer:
+            tokenizer.save_pretrained(tmp_path / name)
     text = main(monkeypatch, "--data", odd, "--encoder", tmp_path / "siglip",
                 "--llm", tmp_path / "gemma", "--steps", 2, "--batch-size", 4,
                 "--out", tmp_path / "h", "--workers", 0, "--device", "cpu")
-    assert "LoRA and new layers" in text
+    assert "LoRA and new layers" in text and "has no tokenizer" in text
     config = json.loads((tmp_path / "h" / "config.json").read_text())
     assert config["preset"] == "paper" and config["n_queries"] == 64
     assert len(log_of(tmp_path / "h")) == 2
