@@ -8,9 +8,8 @@
 
 The pool images most similar to the query image, by the cosine of E_I, become demonstrations: turns
 of image, phrase and boxes before the query. For one image you will see JSON on stdout and an
-overlay PNG, predictions solid, ground truth dashed where it is known; for a set, the columns of
-Table 2 next to the phrase prior. Needs a run of train.py or another encoder, and for MedGemma its
-weights.
+overlay PNG, predictions solid, ground truth dashed; for a set, the columns of Table 2 next to the
+phrase prior. Needs a run of train.py or another encoder, and for MedGemma its weights.
 
 LoFi is never taught that a finding is not there: it answers almost any phrase with boxes. The score
 of an answer (the geometric mean probability of its tokens) is a hint, not a test.
@@ -36,19 +35,18 @@ def parse_args():
     add = parser.add_argument_group("what to ground: one image and phrase, or a set").add_argument
     add("--image", metavar="FILE", help="a chest X-ray of any mode and size")
     add("--phrase", metavar="TEXT", help="the sentence to find on it")
-    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file: the set, and "
-        "the pool of demonstrations (default: what --checkpoint was trained on)")
+    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file: the set, and the "
+        "pool of demonstrations (default: what --checkpoint was trained on)")
     add("--split", choices=["train", "val", "test"], default="test", help="(default: %(default)s)")
     add("--out", metavar="FILE", help="overlay of an image (default: runs/IMAGE_grounded.png), or "
-        "predictions of a set (default: runs/DATA_SPLIT_LVLM[_blind].jsonl), where a stopped run "
-        "continues; with several encoders or k, one file each")
+        "predictions of a set, one file for each encoder and k; a stopped run continues there "
+        "(default: runs/DATA_SPLIT_LVLM.jsonl, with --blind runs/DATA_SPLIT_LVLM_blind.jsonl)")
     add("--json", metavar="PATH", help="also write a set's scores there, as fractions")
 
     add = parser.add_argument_group("demonstrations").add_argument
-    add("--checkpoint", default="runs/phantom", metavar="RUN", help="run folder of train.py (E_I, "
-        "E_T, LoFi's decoder), or a SigLIP-family id or folder (default: %(default)s)")
-    add("--encoders", nargs="+", metavar="RUN", help="retrieve with each of these instead, "
-        "a row of Table 2 each (default: --checkpoint)")
+    add("--checkpoint", default="runs/phantom", metavar="RUN", help="run folder of train.py, or a "
+        "SigLIP-family id or folder (default: %(default)s)")
+    add("--encoders", nargs="+", metavar="RUN", help="retrieve with each of these instead")
     add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations per query; "
         "Table 2: 20 40; MedGemma's row of Table 3: 0 (default: 40, the paper's best)")
     add("--pool", metavar="PATH", help="another manifest for the demonstrations, which are taken "
@@ -59,8 +57,8 @@ def parse_args():
     add = parser.add_argument_group("grounder").add_argument
     add("--lvlm", metavar="NAME", help="Gemma 3 id or folder (a text model is blind); lofi: LoFi's "
         "own decoder (Table 4); nearest: the boxes of the demonstration whose phrase is closest by "
-        f"E_T; prior: the phrase's median training box (default: {MEDGEMMA}, which is gated; lofi "
-        "if --checkpoint is a run of the tiny preset)")
+        "E_T; prior: the phrase's median training box (default: lofi if --checkpoint is a run of "
+        f"the tiny preset, else {MEDGEMMA}, which is gated)")
     add("--blind", action="store_true", help="leave all images out of the prompt, to measure what "
         "the demonstrations' text and boxes carry; not in the paper")
     add("--max-new-tokens", type=int, default=512, metavar="N",
@@ -70,7 +68,7 @@ def parse_args():
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="precision of the LVLM; auto is bf16, or fp32 on a CPU (default: auto)")
+        help="of the LVLM; auto is bf16, or fp32 on a CPU (default: auto)")
     add("--plain", action="store_true", help="one processor call and one generate per phrase, as "
         "the method is defined: the same answers, slower")
     add("--batch-size", type=int, default=16, metavar="N",
@@ -92,7 +90,7 @@ import re
 import shlex
 import textwrap
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import torch
@@ -147,21 +145,21 @@ def turns(path, phrase, demonstrations, order="similar-last", blind=False):
               itertools.groupby(demonstrations, key=lambda triplet: triplet["path"])]
     if order == "similar-last":
         groups.reverse()
-    messages, shown = [], None
-    for triplet in [*itertools.chain(*groups), {"path": path, "phrase": phrase}]:
-        # "<eos>" or an image token written in a phrase must stay plain text
-        asked = re.sub(r"<(?=\w+>)", "< ", triplet["phrase"])
-        text = QUERY.format(phrase=asked)
-        content = [{"type": "text", "text": text if messages else f"{INSTRUCTION}\n\n{text}"}]
-        if triplet["path"] != shown and not blind:
-            content.insert(0, {"type": "image", "image": triplet["path"]})
-            shown = triplet["path"]
-        messages.append({"role": "user", "content": content})
-        if "boxes" in triplet:
-            boxes = boxes_to_yxyx_1000(triplet["boxes"], image_shape(triplet["path"]))
-            answer = json.dumps([{"box_2d": box, "label": asked} for box in boxes],
-                                ensure_ascii=False)
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    messages = []
+    for group in [*groups, [{"path": path, "phrase": phrase}]]:
+        for triplet in group:
+            # "<eos>" or an image token written in a phrase must stay plain text
+            asked = re.sub(r"<(?=\w+>)", "< ", triplet["phrase"])
+            text = QUERY.format(phrase=asked)
+            content = [{"type": "text", "text": text if messages else f"{INSTRUCTION}\n\n{text}"}]
+            if triplet is group[0] and not blind:
+                content.insert(0, {"type": "image", "image": triplet["path"]})
+            messages.append({"role": "user", "content": content})
+            if "boxes" in triplet:
+                boxes = boxes_to_yxyx_1000(triplet["boxes"], image_shape(triplet["path"]))
+                text = json.dumps([{"box_2d": box, "label": asked} for box in boxes],
+                                  ensure_ascii=False)
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
     return messages
 
 
@@ -217,7 +215,7 @@ def boxes_to_yxyx_1000(boxes, size):
 
 
 def boxes_from_yxyx_1000(boxes_yxyx_1000, size):
-    """The inverse, clipped to the image; a box that lies in the padding alone is dropped."""
+    """The inverse, clipped to the image; a box that lies in the padding is dropped."""
     side, *offset = centred_square(size)
     corners = np.reshape(boxes_yxyx_1000, (-1, 4))[:, [1, 0, 3, 2]] * side / 1000  # (n, 4), pixels
     boxes = ((corners - offset * 2) / (size * 2)).clip(0, 1).round(6).tolist()
@@ -229,25 +227,21 @@ def boxes_from_yxyx_1000(boxes_yxyx_1000, size):
 NUMBER = r"""\s*["']?([-+]?(?:\d+\.?\d*|\.\d+))["']?\s*"""
 FOUR_NUMBERS = re.compile(r"\[" + ",".join([NUMBER] * 4) + r"\]", re.ASCII)
 EMPTY_LIST = re.compile(r"\[\s*\]")
-# a list, its inner lists one deep, or objects in a row without one; either may be cut off
+# A list with inner lists one deep, or objects in a row outside a list; either may be cut off.
 LIST = r"\[[^][]*(?:\[[^][]*\][^][]*)*(?:\]|(?:\[[^][]*)?\Z)"
 OBJECTS = r"\{[^{}]*(?:\}[\s,]*\{[^{}]*)*(?:\}|\Z)"
 THOUGHT = re.compile(r"<unused94>.*?(?:<unused95>|\Z)|\A.*<unused95>", re.DOTALL)
 
 
-def box_lists(reply):
-    """The parts of a reply that are lists of boxes, or empty lists, its thinking trace dropped."""
-    return [part for part in re.findall(f"{LIST}|{OBJECTS}", THOUGHT.sub("", reply))
-            if "box_2d" in part or FOUR_NUMBERS.search(part) or EMPTY_LIST.fullmatch(part)]
-
-
 def parse_boxes(reply):
     """A reply -> (boxes_yxyx_1000, malformed). Never raises; an unreadable reply gives ([], True).
 
-    The last JSON list counts. Decimals, swapped corners, single quotes and a cut-off end are read;
-    values are clipped to [0, 1000]; boxes without area, repeated ones and those of the
-    instruction's example, which a base model may repeat, are dropped."""
-    answer, boxes = ["", *box_lists(reply)][-1], []
+    Its last JSON list counts, its thinking trace does not. Decimals, swapped corners, single quotes
+    and a cut-off end are read; values are clipped to [0, 1000]; boxes without area, repeated ones
+    and those of the instruction's example, which a base model may copy, are dropped."""
+    lists = [part for part in re.findall(f"{LIST}|{OBJECTS}", THOUGHT.sub("", reply))
+             if "box_2d" in part or FOUR_NUMBERS.search(part) or EMPTY_LIST.fullmatch(part)]
+    answer, boxes = lists[-1] if lists else "", []
     says_none = EMPTY_LIST.fullmatch(answer)
     for copied in EXAMPLE:
         answer = answer.replace(copied, "")
@@ -286,12 +280,10 @@ def top_triplets(queries, query_emb, rows, image_emb, k):
     query_emb: (Q, D), image_emb: (N, D), unit length. -> Q lists of triplets, Q sets of indices."""
     own, found = leave_one_out(queries, rows), []
     n = min(len(rows), k + max(map(len, own)))                 # an image has a triplet or more
-    similarity, index = retrieve.top_k(query_emb, image_emb, n)                    # (Q, n)
-    for best, cosines, left_out in zip(index.tolist(), similarity.tolist(), own):
-        found.append([{"image": rows[i]["image"], "path": rows[i]["path"], **region,
-                       "similarity": cosine}
-                      for i, cosine in zip(best, cosines) if i not in left_out
-                      for region in rows[i]["regions"]][:k])
+    _, index = retrieve.top_k(query_emb, image_emb, n)                             # (Q, n)
+    for best, left_out in zip(index.tolist(), own):
+        found.append([{"image": rows[i]["image"], "path": rows[i]["path"], **region}
+                      for i in best if i not in left_out for region in rows[i]["regions"]][:k])
     return found, own
 
 
@@ -384,10 +376,10 @@ class InContext:
     def decode(self, prefix, start, prompts, features):
         """Continue the cache of a prefix of `start` tokens with n prompts -> n lists of ids.
 
-        The prompts of a batch must end together, so the shorter ones are padded on the left. In the
-        cache, which the sliding window counts in, a row then starts after its padding: its copy of
-        the prefix moves right by as much. That pushes the prefix's last tokens, as many as there
-        are padding tokens, out of the `start` places of the cache, so they are computed again."""
+        A batch predicts from the last place, so shorter prompts are padded on the left. The sliding
+        window counts places in the cache, so the prefix must directly precede the rest of its
+        prompt: its copy for a row moves right by the row's padding. The prefix's last tokens, as
+        many as there are padding tokens, no longer fit before `start` and are computed again."""
         pad, length = self.tokenizer.pad_token_id, max(map(len, prompts))
         shifts = [length - len(prompt) for prompt in prompts]
         ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(shifts, prompts)],
@@ -396,6 +388,7 @@ class InContext:
         mask = place >= torch.tensor(shifts, device=ids.device)[:, None]           # (n, length)
         cache = DynamicCache(config=self.model.config.get_text_config())
         for i, layer in enumerate(prefix.layers):              # (1, heads, start, width) each
+            # what roll() carries round to the front lies under the padding, which is masked
             keys, values = (torch.cat([x.roll(n, dims=2) for n in shifts])
                             for x in (layer.keys, layer.values))
             cache.update(keys, values, i)                      # sliding layers keep their window
@@ -438,22 +431,22 @@ class InContext:
             for region, reply in zip(row["regions"], replies):
                 in_square, malformed = parse_boxes(reply)
                 boxes = boxes_from_yxyx_1000(in_square, image_shape(row["path"]))
-                if in_square and not boxes:                    # all boxes lie in the padding
-                    malformed = True
+                if in_square and not boxes:
+                    malformed = True                           # all boxes lie in the padding
                 predictions.append(prediction(row, region, boxes, malformed, reply))
         return predictions
 
 
-def load_lvlm(source, device, precision, args):
+def load_lvlm(source, device, args):
     """A Gemma 3 id or folder -> InContext. Raises InputError."""
+    in_fp32 = args.precision == "fp32" or args.precision == "auto" and device.type == "cpu"
     other = "lofi" if is_run(args.checkpoint) else "nearest"
     hint = f"without it: python icl_ground.py {shlex.join([*sys.argv[1:], '--lvlm', other])}"
     is_text = load_pretrained(AutoConfig, source, hint).model_type == "gemma3_text"
     processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, source, hint)
-    model = load_pretrained(
-        Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration, source, hint,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
-        attn_implementation="sdpa")
+    cls = Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration
+    model = load_pretrained(cls, source, hint, attn_implementation="sdpa",
+                            dtype=torch.float32 if in_fp32 else torch.bfloat16)
     return InContext(model.to(device).eval(), processor, args.order, args.blind, args.plain,
                      args.max_new_tokens, args.batch_size, args.feature_cache_gb)
 
@@ -461,11 +454,10 @@ def load_lvlm(source, device, precision, args):
 # ---- other grounders ----------------------------------------------------------------------------
 # A grounder is a function: rows of the manifest, the triplets of each -> rows of predictions.
 
-def prediction(row, region, boxes, malformed, raw, score=None):
+def prediction(row, region, boxes, malformed, raw, **more):
     """A row of the predictions file."""
     return {"image": row["image"], "phrase": region["phrase"], "boxes": region["boxes"],
-            "pred": boxes, "raw": raw, "malformed": malformed,
-            **({} if score is None else {"score": score})}
+            "pred": boxes, "raw": raw, "malformed": malformed, **more}
 
 
 IMAGES_AT_ONCE, PHRASES_AT_ONCE = 64, 128
@@ -485,7 +477,8 @@ def lofi_answers(model, rows, found=None):
                                          model.config.answer_tokens, with_scores=True)
         for (i, region), reply, score in zip(batch, replies, scores):
             boxes, malformed = data.text_to_boxes(reply)
-            predictions.append(prediction(rows[i], region, boxes, malformed, reply, score))
+            predictions.append(prediction(rows[i], region, boxes, malformed, reply,
+                                          score=score))
     return predictions
 
 
@@ -525,7 +518,7 @@ def prior_rows(rows, training_rows):
 
 # ---- the picture of an answer -------------------------------------------------------------------
 
-GREEN = "#35e0c8"                                      # ground truth, where one phrase is drawn
+GREEN = "#35e0c8"                                      # ground truth
 
 
 def dashed(pen, x0, y0, x1, y1, colour, dash=12):
@@ -539,35 +532,33 @@ def dashed(pen, x0, y0, x1, y1, colour, dash=12):
 
 
 def outcome(answer):
-    """What an answer says besides its boxes, in a few words."""
-    words = ("reply could not be read, no box" if answer["malformed"] else
-             "predicted" if answer["pred"] else "no box predicted")
+    """What came of a query, in a few words."""
+    words = "predicted" if answer["pred"] else "no box predicted"
+    if answer["malformed"]:
+        words = "reply could not be read, no box"
     return words + (f", score {answer['score']:.2f}" if "score" in answer else "")
 
 
 def overlay(image, answers, longest=768):
-    """A grey image and its answers, rows of the predictions file -> PIL "RGB".
-
-    Predictions are solid and the ground truth is dashed, as in Figs. 2 and 3. The labels stand
-    below the image, so that none hides a finding; with several phrases each has its colour."""
+    """A grey image and its answers, rows of the predictions file -> PIL "RGB": predictions solid,
+    ground truth dashed, as in Figs. 2 and 3; each phrase in its colour, written below the image."""
     size = [max(1, round(n * longest / max(image.size))) for n in image.size]
-    picture, labels = image.resize(size).convert("RGB"), []                # labels: (text, colour)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
-    for answer, colour in zip(answers, itertools.cycle(data.COLOURS)):
+    coloured, labels = list(zip(answers, itertools.cycle(data.COLOURS))), []
+    for answer, colour in coloured:
         text = f"{answer['phrase']} ({outcome(answer)})"
         labels += [(line, colour) for line in textwrap.wrap(text, max(12, size[0] // 11))]
-        for box in answer["pred"]:
-            pen.rectangle([v * (n - 1) for v, n in zip(box, size * 2)], outline=colour, width=4)
-        truth = GREEN if len(answers) == 1 else colour
-        for box in answer["boxes"]:
-            dashed(pen, *(v * (n - 1) for v, n in zip(box, size * 2)), truth)
-        if answer["boxes"]:
-            labels.append(("ground truth (dashed)", truth))
+    if any(answer["boxes"] for answer in answers):
+        labels.append(("dashed: ground truth", GREEN))
     sheet = Image.new("RGB", (size[0], size[1] + 26 * len(labels) + 12))
-    sheet.paste(picture)
-    pen = ImageDraw.Draw(sheet)
+    sheet.paste(image.resize(size))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
     for n, (text, colour) in enumerate(labels):
         pen.text((8, size[1] + 6 + 26 * n), text, colour, font)
+    for answer, colour in coloured:
+        for box in answer["pred"]:
+            pen.rectangle([v * (n - 1) for v, n in zip(box, size * 2)], outline=colour, width=4)
+        for box in answer["boxes"]:
+            dashed(pen, *(v * (n - 1) for v, n in zip(box, size * 2)), GREEN)
     return sheet
 
 
@@ -616,12 +607,10 @@ def ground_set(rows, ground, found, out, settings):
         answered = gather(read_answered(out, asked, settings) if rank == 0 else None)[0]
         if answered:
             say(f"{out}: {answered.total():,} phrases were done before, continuing")
-        jobs = []                                              # (row with what is left, triplets)
-        for row, triplets in zip(rows, found):
-            left = [region for region in row["regions"]
-                    if (row["image"], region["phrase"]) not in answered]
-            if left:
-                jobs.append(({**row, "regions": left}, triplets))
+        # the rows with the phrases that are left, and their triplets
+        jobs = [({**row, "regions": left}, triplets) for row, triplets in zip(rows, found)
+                if (left := [region for region in row["regions"]
+                             if (row["image"], region["phrase"]) not in answered])]
         n = world * (1 if isinstance(ground, InContext) else IMAGES_AT_ONCE)
         bar = tqdm(range(0, len(jobs), n), out.stem, unit="round", disable=rank > 0)
         n_malformed = 0
@@ -644,24 +633,21 @@ def ground_set(rows, ground, found, out, settings):
 
 def check_args(args):
     """Reject invalid flags before anything is loaded. Raises InputError."""
-    suffix = ".png" if args.image else ".jsonl"
-    for flag, value, least in (("--k", min(args.k), 1 if args.lvlm == "nearest" else 0),
-                               ("--max-new-tokens", args.max_new_tokens, 1),
-                               ("--batch-size", args.batch_size, 1),
-                               ("--feature-cache-gb", args.feature_cache_gb, 0)):
-        if not value >= least:                                 # NaN too
-            raise InputError(f"{flag} {value}: expected {least} or more")
+    least_k, suffix = 1 if args.lvlm == "nearest" else 0, ".png" if args.image else ".jsonl"
     for wrong, problem in (
             ((args.image is None) != (not (args.phrase or "").strip()),
              "--image and --phrase go together: an image, and the sentence to find on it"),
+            (min(args.k) < least_k, f"--k {min(args.k)}: expected {least_k} or more"),
+            (args.max_new_tokens < 1, "--max-new-tokens: expected 1 or more"),
+            (args.batch_size < 1, "--batch-size: expected 1 or more"),
+            (not args.feature_cache_gb >= 0, "--feature-cache-gb: expected 0 or more"),    # NaN too
             (args.lvlm in ("nearest", "prior") and args.show_prompt,
              f"--show-prompt: --lvlm {args.lvlm} sends no prompt"),
             (args.lvlm in ("lofi", "nearest", "prior") and (args.blind or args.plain),
              f"--blind and --plain are for a Gemma 3, not for --lvlm {args.lvlm}"),
             (args.image and (len(args.k) > 1 or len(args.encoders or []) > 1),
              "--image takes one --k and one encoder; several are for a set"),
-            (args.out and Path(args.out).suffix != suffix,
-             f"--out {args.out}: expected a {suffix} file"),
+            (args.out and Path(args.out).suffix != suffix, f"--out: expected a {suffix} file"),
             (args.json and (args.image or args.json == args.out),
              "--json is for a set's scores, in a file of their own")):
         if wrong:
@@ -672,8 +658,8 @@ def check_args(args):
 
 def default_lvlm(args):
     """MedGemma, or LoFi's own decoder if --checkpoint is a run of the tiny preset."""
-    if (args.encoders or args.pool or args.blind or args.plain or not is_run(args.checkpoint)
-            or read_config(args.checkpoint).preset != "tiny"):
+    for_gemma = args.encoders or args.pool or args.blind or args.plain
+    if for_gemma or not is_run(args.checkpoint) or read_config(args.checkpoint).preset != "tiny":
         return MEDGEMMA
     print(f"icl_ground.py: {args.checkpoint} is a miniature run, so its own decoder answers "
           f"(--lvlm lofi); to ask MedGemma, with demonstrations: --lvlm {MEDGEMMA}",
@@ -724,11 +710,9 @@ def main(args=None):
     began, device, (rank, _) = time.time(), find_device(args.device), join_processes()
 
     # ---- defaults that follow from other flags; a missing run is named before missing weights
-    lvlm, precision = args.lvlm or default_lvlm(args), args.precision
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16"
+    lvlm = args.lvlm or default_lvlm(args)
     encoders, ks = args.encoders or [args.checkpoint], args.k
-    if lvlm in ("lofi", "prior") or not any(ks):               # without demonstrations
+    if lvlm in ("lofi", "prior") or not any(ks):               # no demonstrations
         encoders, ks = [args.checkpoint], [0]
     for encoder in encoders if any(ks) else []:
         retrieve.check_checkpoint(encoder)
@@ -737,12 +721,11 @@ def main(args=None):
     except InputError:
         if any(ks) or lvlm == "prior" or not args.image:
             raise
-        source = None                                          # one image is enough for the others
+        source = None                                          # LoFi, and k 0, need only the image
     manifest, pool = data.read_manifest(source) if source else [], args.pool or source
     training = [row for row in manifest if row["split"] == "train"]
 
     # ---- the queries: one phrase of an image, or the boxed phrases of a split
-    title = Path(lvlm).name + " (blind)" * args.blind
     if args.image:
         rows = [query_row(args.image, args.phrase, manifest)]
         out = Path(args.out or f"runs/{Path(args.image).stem}_grounded.png")
@@ -755,8 +738,9 @@ def main(args=None):
         n, n_all = (sum(len(row["regions"]) for row in some) for some in (rows, of_split))
         say(f"{n:,} phrases with boxes on {len(rows):,} images of {source}, {args.split}; left out "
             f"{n_all - n:,} phrases without")
-        stem = f"{data.manifest_path(source).resolve().parent.name}_{args.split}_{title}"
-        out = Path(args.out or f"runs/{stem.replace(' (blind)', '_blind')}.jsonl")
+        folder = data.manifest_path(source).resolve().parent.name
+        name = Path(lvlm).name + "_blind" * args.blind
+        out = Path(args.out or f"runs/{folder}_{args.split}_{name}.jsonl")
     inputs = [args.image] if args.image else []
     for path in {source, pool} - {None}:
         inputs += [data.manifest_path(path), *(row["path"] for row in data.read_manifest(path))]
@@ -766,12 +750,16 @@ def main(args=None):
         metrics.check_output(path, inputs)
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
+    title, settings = Path(lvlm).name, {"lvlm": lvlm, "split": args.split, "order": args.order}
     if lvlm == "lofi":
         ground = functools.partial(lofi_answers, LoFi.from_pretrained(args.checkpoint, device))
     elif lvlm == "prior":
         ground = lambda rows, _: prior_rows(rows, training)
     elif lvlm != "nearest":                                    # nearest needs its encoder, below
-        ground = load_lvlm(lvlm, device, precision, args)
+        ground = load_lvlm(lvlm, device, args)
+        title += " (blind)" * ground.blind
+        settings |= {"blind": ground.blind, "dtype": str(ground.model.dtype),
+                     "max_new_tokens": args.max_new_tokens}
 
     # ---- demonstrations and answers, with each encoder and k
     results, files = {}, []
@@ -793,10 +781,8 @@ def main(args=None):
             print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
                   f"{args.checkpoint} --data {source or 'DIR'}", file=sys.stderr)
             return
-        settings = {"lvlm": lvlm, "data": str(Path(source).resolve()), "split": args.split,
-                    "pool": str(Path(pool).resolve()), "order": args.order, "encoder": checkpoint,
-                    "k": k, "blind": args.blind, "precision": precision,
-                    "max_new_tokens": args.max_new_tokens}
+        settings |= {"data": str(Path(source).resolve()), "pool": str(Path(pool).resolve()),
+                     "encoder": checkpoint, "k": k}
         part = "_" + re.sub(r"[^\w-]+", "_", checkpoint).strip("_") + f"_k{k}"
         files.append(out.with_stem(out.stem + part * (len(encoders) * len(ks) > 1)))
         results[f"{title}, {checkpoint}, k={k}" if any(ks) else title] = ground_set(
@@ -807,15 +793,15 @@ def main(args=None):
         return
 
     # ---- print and write a set's scores
-    prior = {}
+    table = dict(results)
     if lvlm != "prior" and with_boxes(training):
-        prior = {"prior": metrics.grounding_metrics(prior_rows(rows, training))}
+        prior = metrics.grounding_metrics(prior_rows(rows, training))
+        table["phrase prior"] = {"grounding": prior}
+        results = {name: {**result, "prior": prior} for name, result in results.items()}
     print(f"\ngrounding of {n:,} phrases, % [95 % interval over images]")
-    print(metrics.grounding_table(results | (
-        {"phrase prior": {"grounding": prior["prior"]}} if prior else {})))
-    for title, result in results.items():
-        print(f"{title}: {result['grounding']['n_malformed']:,} malformed replies")
-        result |= prior
+    print(metrics.grounding_table(table))
+    for name, result in results.items():
+        print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
     if args.json:
         metrics.write_json(args.json, results if len(results) > 1 else result)
     print(f"\n{time.time() - began:.0f} s in all. Next: python metrics.py "
