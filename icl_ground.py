@@ -364,9 +364,8 @@ class InContext:
         # The longest common prefix of whole prompts, so nothing depends on how the tokenizer merges
         # a phrase with what precedes it; at least one token is left to predict from.
         start = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        images = images_of(chats[0])
-        features = images and torch.cat([self.image_features(image) for image in images]).to(
-            self.model.device)                                 # (image tokens, H)
+        features = [self.image_features(image) for image in images_of(chats[0])]
+        features = features and torch.cat(features).to(self.model.device)  # (image tokens, H)
         prefix, ids = DynamicCache(), torch.tensor([prompts[0][:start]], device=self.model.device)
         self.model(input_ids=ids, past_key_values=prefix, use_cache=True, logits_to_keep=1,
                    **self.vision_inputs(ids, 0, features))
@@ -509,9 +508,8 @@ def nearest_answers(encoder, rows, found):
     return predictions
 
 
-def prior_rows(rows, training_rows):
-    """The phrase prior's answers: the median training box of each phrase, blind to the image."""
-    prior = metrics.phrase_prior(training_rows)
+def prior_answers(prior, rows, found=None):
+    """The phrase prior's answers, blind to the image. prior: phrase -> boxes."""
     return [prediction(row, region, prior(region["phrase"]), False, "")
             for row in rows for region in row["regions"]]
 
@@ -714,8 +712,9 @@ def main(args=None):
     encoders, ks = args.encoders or [args.checkpoint], args.k
     if lvlm in ("lofi", "prior") or not any(ks):               # no demonstrations
         encoders, ks = [args.checkpoint], [0]
-    for encoder in encoders if any(ks) else []:
-        retrieve.check_checkpoint(encoder)
+    if any(ks):
+        for encoder in encoders:
+            retrieve.check_checkpoint(encoder)
     try:
         source = args.data or retrieve.trained_on(args.checkpoint)
     except InputError:
@@ -754,7 +753,7 @@ def main(args=None):
     if lvlm == "lofi":
         ground = functools.partial(lofi_answers, LoFi.from_pretrained(args.checkpoint, device))
     elif lvlm == "prior":
-        ground = lambda rows, _: prior_rows(rows, training)
+        ground = functools.partial(prior_answers, metrics.phrase_prior(training))
     elif lvlm != "nearest":                                    # nearest needs its encoder, below
         ground = load_lvlm(lvlm, device, args)
         title += " (blind)" * ground.blind
@@ -795,7 +794,8 @@ def main(args=None):
     # ---- print and write a set's scores
     table = dict(results)
     if lvlm != "prior" and with_boxes(training):
-        prior = metrics.grounding_metrics(prior_rows(rows, training))
+        answers = prior_answers(metrics.phrase_prior(training), rows)
+        prior = metrics.grounding_metrics(answers)
         table["phrase prior"] = {"grounding": prior}
         results = {name: {**result, "prior": prior} for name, result in results.items()}
     print(f"\ngrounding of {n:,} phrases, % [95 % interval over images]")
