@@ -587,7 +587,8 @@ def evaluate(model, rows, training_rows, batch_size=64):
         results["grounding"] = metrics.grounding_metrics(predictions)
         table = {"LoFi": {"grounding": results["grounding"]}}
         if icl_ground.with_boxes(training_rows):
-            prior = icl_ground.prior_rows(icl_ground.with_boxes(rows), training_rows)
+            prior = icl_ground.prior_answers(metrics.phrase_prior(training_rows),
+                                             icl_ground.with_boxes(rows))
             results["prior"] = metrics.grounding_metrics(prior)
             table["phrase prior"] = {"grounding": results["prior"]}
         print(f"\ngrounding of {len(predictions)} test phrases, %")
