@@ -699,6 +699,17 @@ def print_answer(answer, out, **more):
                       **({"ground_truth": truth} if truth else {})}))
 
 
+def check_outputs(args, out, manifests, checkpoints):
+    """Raise InputError if an output is one of the files that the command reads."""
+    inputs = [args.image] if args.image else []
+    for path in manifests:
+        inputs += [data.manifest_path(path), *(row["path"] for row in data.read_manifest(path))]
+    for folder in checkpoints:
+        inputs += Path(folder).glob("*")
+    for path in filter(None, (out, args.json)):
+        metrics.check_output(path, inputs)
+
+
 def main(args=None):
     args = args or parse_args()
     transformers_logging.set_verbosity_error()
@@ -740,13 +751,7 @@ def main(args=None):
         folder = data.manifest_path(source).resolve().parent.name
         name = Path(lvlm).name + "_blind" * args.blind
         out = Path(args.out or f"runs/{folder}_{args.split}_{name}.jsonl")
-    inputs = [args.image] if args.image else []
-    for path in {source, pool} - {None}:
-        inputs += [data.manifest_path(path), *(row["path"] for row in data.read_manifest(path))]
-    for folder in {args.checkpoint, *encoders}:
-        inputs += Path(folder).glob("*")
-    for path in filter(None, (out, args.json)):
-        metrics.check_output(path, inputs)
+    check_outputs(args, out, {source, pool} - {None}, {args.checkpoint, *encoders})
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
     title, settings = Path(lvlm).name, {"lvlm": lvlm, "split": args.split, "order": args.order}
