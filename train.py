@@ -585,12 +585,14 @@ def evaluate(model, rows, training_rows, batch_size=64):
         retrieve.print_table_1({"LoFi": results}, chance)
     if predictions := icl_ground.lofi_predictions(model, rows):
         results["grounding"] = metrics.grounding_metrics(predictions)
-        prior = icl_ground.prior_rows(predictions, training_rows)
-        if prior:
+        table = {"LoFi": {"grounding": results["grounding"]}}
+        if icl_ground.with_boxes(training_rows):
+            prior = icl_ground.prior_answers(metrics.phrase_prior(training_rows),
+                                             icl_ground.with_boxes(rows))
             results["prior"] = metrics.grounding_metrics(prior)
+            table["phrase prior"] = {"grounding": results["prior"]}
         print(f"\ngrounding of {len(predictions)} test phrases, %")
-        icl_ground.print_grounding({"LoFi": results["grounding"],
-                                    "phrase prior": results.get("prior")})
+        print(metrics.grounding_table(table))
     return results, chance
 
 
