@@ -55,8 +55,8 @@ from tqdm import tqdm
 from metrics import (InputError, box_iou, box_problem, check_output, drop_degenerate, first_line,
                      format_table, write_file, write_json)
 
-# torch and transformers, which take seconds to import, are imported in the few functions that use
-# them: the commands of this file do without.
+# torch and transformers, which take seconds to import, are imported only in the few functions that
+# use them; the commands of this file do not.
 
 
 # ---- the manifest: one image a row ---------------------------------------------------------------
@@ -126,7 +126,7 @@ def text_to_boxes(text):
 
 # ---- prompts (Eq. 2, 3, L_d) and the draw of a task ----------------------------------------------
 
-# Of the last two the paper prints only the beginning: their endings are not stated in the paper.
+# The paper prints only the beginning of the last two prompts; their endings are not stated in it.
 CAPTIONING_PROMPT = "Report this medical scan."             # P_c
 GROUNDING_PROMPT = "Detect all instances of: {phrase}"      # P_g
 DENSE_CAPTIONING_PROMPT = "Describe the regions: {boxes}"   # P_d
@@ -144,10 +144,10 @@ def possible_tasks(row, objectives="cgd"):
 
 
 def sample_tasks(report, regions, objectives, n_regions, rng):
-    """Draw tau, then its (task, prompt, target) rows: one report, or up to n_regions regions.
+    """Draw tau -> its rows (task, prompt, target): one of a report, or up to n_regions of regions.
 
-    No rows if the image has neither. A row is one sequence of the LLM; those of one image share its
-    vision pass, which is why several regions cost little."""
+    [] if the image has neither. A row is one sequence of the LLM; the rows of an image share its
+    vision pass, so several regions cost little."""
     regions = [region for region in regions if region["boxes"]]
     tasks = possible_tasks({"report": report, "regions": regions}, objectives)
     if not tasks:
@@ -156,17 +156,15 @@ def sample_tasks(report, regions, objectives, n_regions, rng):
     weight = np.array([TASK_WEIGHT[task] for task in tasks], float)
     task = tasks[rng.choice(len(tasks), p=weight / weight.sum())]
     if task == "c":
-        return [("c", CAPTIONING_PROMPT, report)]                          # Eq. 2
-    chosen = rng.permutation(len(regions))[:n_regions]
-    return [location_aware_row(task, regions[i]) for i in chosen]
-
-
-def location_aware_row(task, region):
-    """(task, prompt, target): grounding (Eq. 3, phrase to boxes) or its swap, dense captioning."""
-    phrase, boxes = region["phrase"], boxes_to_text(region["boxes"])
-    if task == "g":
-        return "g", GROUNDING_PROMPT.format(phrase=phrase), boxes          # p(b | I, P_g, s)
-    return "d", DENSE_CAPTIONING_PROMPT.format(boxes=boxes), phrase        # p(s | I, P_d, b)
+        return [("c", CAPTIONING_PROMPT, report)]                              # Eq. 2
+    rows = []
+    for i in rng.permutation(len(regions))[:n_regions]:
+        phrase, boxes = regions[i]["phrase"], boxes_to_text(regions[i]["boxes"])
+        if task == "g":
+            rows.append(("g", GROUNDING_PROMPT.format(phrase=phrase), boxes))  # Eq. 3
+        else:                                                                  # L_d: Eq. 3 swapped
+            rows.append(("d", DENSE_CAPTIONING_PROMPT.format(boxes=boxes), phrase))
+    return rows
 
 
 # ---- sentences and sub-reports -------------------------------------------------------------------
@@ -245,12 +243,11 @@ def load_image(path, size=None):
 
 
 def augment(image, regions, size, strength, rng):
-    """Crop or pad, brighten and contrast an image, and move its boxes along; not stated in the
-    paper.
+    """Randomly crop or pad an image and change its contrast; move its boxes along.
 
-    image: PIL "L" of any size. -> ((size, size) uint8, regions). At strength 1 the window is 0.75
-    to 1.25 of the image a side. Never a flip, which would swap left and right. A region that loses
-    over a third of a box's area is dropped."""
+    Not stated in the paper. image: PIL "L" of any size. -> ((size, size) uint8, regions). At
+    strength 1 the sides of the window are 0.75 to 1.25 of the image's. There is no flip, which
+    would swap left and right. A region is dropped if one of its boxes loses a third of its area."""
     def vary(low, high, n=None):
         return strength * rng.uniform(low, high, n)
     # The window (x, y, w, h) in fractions of the image; where it is larger, black is padded.
@@ -294,7 +291,7 @@ def text_ids(tokenizer, texts, length):
 
 
 def prompt_ids(tokenizer, prompt):
-    """Prompt, then a line break that parts it from the target (not stated in the paper)."""
+    """Token ids of a prompt and a line break before the target (not stated in the paper)."""
     return plain_ids(tokenizer, cut_text(tokenizer, prompt) + "\n")
 
 
@@ -303,11 +300,11 @@ def prompt_ids(tokenizer, prompt):
 class ChestXrays:
     """Training samples of manifest rows: a map-style dataset for torch.utils.data.DataLoader.
 
-    Indexed by (epoch, i), which alone fixes the random draws, whatever the order or the workers. A
+    Indexed by (epoch, i), which fixes the random draws, whatever the order or the workers. A
     sample: {"image": (size, size) uint8, "path": str, "text": str, "tasks": [(task, prompt,
     target), ...]}, or {"bad": message} for an unreadable image if skip_bad is set.
 
-    rows: of read_manifest; objectives: of "scgd"; n_regions: at most, of an image in a step;
+    rows: from read_manifest; objectives: letters of "scgd"; n_regions: at most, per image and step;
     augmented: strength, 0 for none; cached: keep decoded images, for sets that fit in memory."""
 
     def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
@@ -344,8 +341,8 @@ class Collate:
     """Samples -> a batch of tensors. B images, R rows of the LLM, L tokens of the longest row.
 
     image (B, S, S) uint8; text (B, T) ids, if there is a text tokenizer; ids (R, L): prompt,
-    target, <eos>, padding; is_target (R, L): target and <eos>; image_of_row (R,); task_of_row (R,):
-    index in losses.TASKS; paths: of the images; bad: messages."""
+    target, <eos>, padding; is_target (R, L): target and <eos>; image_of_row (R,): index in image;
+    task_of_row (R,): index in losses.TASKS; paths: of the images; bad: messages."""
 
     def __init__(self, text_tokenizer, text_length, llm_tokenizer, max_target):
         self.text_tokenizer, self.text_length = text_tokenizer, text_length
@@ -383,7 +380,7 @@ class Collate:
             target = target[:self.max_target]                  # a target that is cut has no <eos>
             ids.append(torch.tensor(prompt + target))
             is_target.append(torch.arange(len(prompt + target)) >= len(prompt))
-        if not pairs:                                          # contrastive learning alone
+        if not pairs:                                          # only the contrastive loss
             return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
         return (pad_sequence(ids, batch_first=True, padding_value=self.llm_tokenizer.pad_token_id),
                 pad_sequence(is_target, batch_first=True, padding_value=False))
