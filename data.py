@@ -438,9 +438,7 @@ def row_problem(row, folder):
 
 def find_row(rows, image):
     """The row whose image is this file or, by its bytes, a copy of it; None if there is none."""
-    size = os.path.getsize(image)
-    same = [row for row in rows if os.path.getsize(row["path"]) == size
-            and filecmp.cmp(row["path"], image, shallow=False)]
+    same = [row for row in rows if filecmp.cmp(row["path"], image, shallow=False)]
     own = [row for row in same if os.path.samefile(row["path"], image)]
     return next(iter(own + same), None)
 
@@ -878,38 +876,39 @@ class Conversion:
                 raise InputError(f"{path}: exists and was not written by {args.command}; choose "
                                  "another --out")
 
-    def count(self, table, reason, split, n=1):
+    def count(self, table, split, reason, n=1):
         by_split = self.funnel.setdefault(table, {}).setdefault(reason, dict.fromkeys(SPLITS, 0))
         by_split[split] += n
 
-    def admit(self, table, split, reason):
+    def admit(self, table, split, reason=None):
         """Count an image or a pair that came in and, with a reason, is dropped -> if it stays."""
-        self.count(table, "in", split)
+        self.count(table, split, "in")
         if reason:
-            self.count(table, reason, split)
+            self.count(table, split, reason)
         return not reason
 
     def prepare_images(self, rows):
         """Shrink the images of rows into --out, or leave them in place -> the rows that have one.
 
         row["source"]: the image's path, perhaps in a zip; row["name"]: where to write, in a folder
-        that names the size; row["scale"]: units (w, h) of its boxes, empty for the image's own."""
-        unique, kept, folder = {}, [], f"images_{self.size}"
+        that names the size; row["scale"]: units (w, h) of its boxes, if not the image's own."""
+        unique, kept = {}, []
         for row in rows:
+            row["image"] = (f"images_{self.size}/{row['name']}" if self.size else
+                            os.path.abspath(row["source"]))
             if unique.setdefault(row["name"], row) is not row:
-                self.count("images", "repeated image", row["split"])
-        jobs = ((row["source"], self.out / folder / name, self.size, row["scale"])
-                for name, row in unique.items())
+                self.count("images", row["split"], "repeated image")
+        jobs = ((row["source"], self.out / row["image"], self.size, row["scale"])
+                for row in unique.values())
         with ThreadPoolExecutor(self.args.workers) as threads:
             results = map_ahead(threads, shrink, jobs, 2 * self.args.workers)
             for row, result in zip(tqdm(unique.values(), "images", unit="image"), results):
-                if isinstance(result, str):
-                    self.count("images", result, row["split"])
-                    if result == "unreadable image":
-                        tqdm.write(f"unreadable image: {row['source']}")
+                if not isinstance(result, str):
+                    kept.append({**row, "scale": result})
                     continue
-                image = f"{folder}/{row['name']}" if self.size else os.path.abspath(row["source"])
-                kept.append({**row, "image": image, "scale": result})
+                self.count("images", row["split"], result)
+                if result == "unreadable image":
+                    tqdm.write(f"unreadable image: {row['source']}")
         return kept
 
     def add_regions(self, row):
@@ -924,13 +923,13 @@ class Conversion:
                 raise InputError(f"{phrase!r} has boxes {boxes}, expected fractions, got pixels")
             inside = drop_degenerate(fractions.clip(0, 1).round(5).tolist())
             fused = weighted_boxes_fusion(inside, self.iou) if self.iou < 1 else inside
-            for reason, n in (("in", len(boxes)), ("degenerate box", len(boxes) - len(inside)),
-                              ("merged", len(inside) - len(fused))):
-                self.count("boxes", reason, split, n)
             if self.admit("pairs", split, "no text" if not phrase else "no box" if not boxes else
                           "degenerate box" if not fused else None):
                 fused = [[round(v, 5) for v in box] for box in fused]
                 row["regions"].append({"phrase": phrase, "boxes": fused})
+            self.count("boxes", split, "in", len(boxes))
+            self.count("boxes", split, "degenerate box", len(boxes) - len(inside))
+            self.count("boxes", split, "merged", len(inside) - len(fused))
 
     def finish(self, rows, published):
         """Make the regions, print the funnel and what is missing, write prepare.json and manifest.
@@ -939,7 +938,7 @@ class Conversion:
             self.add_regions(row)
         for split in SPLITS:
             for name, n in count_rows(rows, split).items():
-                self.count("out", name, split, n)
+                self.count("out", split, name, n)
         print(format_table([("", *SPLITS)] + [
             (f"{table} {reason}", *(f"{n:,}" for n in by_split.values()))
             for table, reasons in self.funnel.items() for reason, by_split in reasons.items()]))
@@ -949,10 +948,10 @@ class Conversion:
             print(f"missing: {loss}")
         if not rows:
             raise InputError(f"{self.out}: no image is left, see the counts above; nothing written")
+        arguments = {name: str(value) for name, value in vars(self.args).items()}
         write_json(self.out / "prepare.json", {
-            "command": self.args.command, "lost": self.lost, "funnel": self.funnel,
-            "arguments": {name: str(value) for name, value in vars(self.args).items()},
-            "published": published})
+            "command": self.args.command, "arguments": arguments, "lost": self.lost,
+            "funnel": self.funnel, "published": published})
         lines = [json.dumps({key: row[key] for key in ROW_KEYS}) + "\n" for row in rows]
         write_file(self.out / "manifest.jsonl", lambda draft: draft.write_text("".join(lines)))
         print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
@@ -1152,7 +1151,7 @@ def prepare_ms_cxr(args):
             x, y, w, h = (float(line[key]) for key in "xywh")
             key = row["name"], line["category_name"], one_line(line["label_text"])
             boxes[key].append([x, y, x + w, y + h])
-            if row["name"] not in rows and run.admit("images", row["split"], None):
+            if row["name"] not in rows and run.admit("images", row["split"]):
                 rows[row["name"]] = row
     for (name, _, phrase), found in boxes.items():
         rows[name]["pairs"].append((phrase, found))
@@ -1188,23 +1187,21 @@ def prepare_covid_cxr(args):
     """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
     run, rows = Conversion(args), []
     lungs = lung_boxes(args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json")
-    for line in csv_rows(args.repo / "metadata.csv", "filename", "view", "license", ragged=True):
-        # Early releases have other capitals, spaces and fewer columns.
-        line = defaultdict(str, {str(key).strip().lower().replace(" ", "_"): one_line(value)
-                                 for key, value in line.items()})
-        name, report = line["filename"], line["clinical_notes"] or line["notes"]
+    for line in csv_rows(args.repo / "metadata.csv", "patientid", "view", "modality", "folder",
+                         "filename", "url", "license", "clinical_notes", ragged=True):
+        line = {key: one_line(value) for key, value in line.items()}
+        name, report = line["filename"], line["clinical_notes"]
         patient, licence = line["patientid"] or name, line["license"] or "unstated"
         pairs, scale = lungs.get(name, ([], None))
         split = "train" if zlib.crc32(patient.encode()) % 5 else "test"
-        if run.admit("images", split,
-                     "not X-ray" if line["modality"].lower() not in ("", "x-ray") else
+        if run.admit("images", split, "not X-ray" if line["modality"] != "X-ray" else
                      "view" if line["view"] not in ("PA", "AP", "AP Supine", "APS") else
                      "licence" if NO_DERIVATIVES.search(licence) else
                      "no text" if not (report or pairs) else None):
             rows.append({"study": f"{patient}-{zlib.crc32(report.encode()):08x}",  # one per note
                          "patient": patient, "split": split, "report": report, "pairs": pairs,
                          "scale": scale, "name": name.removesuffix(".jpg") + ".jpg",
-                         "source": args.repo / (line["folder"] or "images") / name,
+                         "source": args.repo / line["folder"] / name,
                          "licence": (name, licence, line["url"])})
     rows = run.prepare_images(rows)
     run.finish(rows, {})

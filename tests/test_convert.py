@@ -497,7 +497,7 @@ COVID_EXPECTED = [  # file, patient, report, regions
     ("j.jpg", "j.jpg", "No patient.", [])]
 
 
-def covid_tree(root, early=False):
+def covid_tree(root):
     """The repository's files below root -> the command line."""
     repo = root / "repo"
     for name in ("images", "annotations"):
@@ -511,9 +511,6 @@ def covid_tree(root, early=False):
               "clinical_notes", ""]
     rows = [[patient, view, modality, "images", name, "https://x", licence, note, ""]
             for patient, view, modality, name, licence, note in COVID]
-    if early:                                          # no modality or folder, and other names
-        header = ["Patientid", "view", "filename", " url", "license", "notes"]
-        rows = [[row[0], row[1], *row[4:8]] for row in rows]
     write_table(repo / "metadata.csv", header, rows, bom=False)
     files = [row[3] for row in COVID]
     notes = [{"image_id": files.index(name), "bbox": bbox} | ({"category_id": kind} if kind else {})
@@ -525,19 +522,17 @@ def covid_tree(root, early=False):
     return ["covid-cxr", "--repo", repo, "--workers", 1, "--out", root / "out"]
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_covid_manifest_is_the_one_written_by_hand(monkeypatch, tmp_path, early):
+def test_covid_manifest_is_the_one_written_by_hand(monkeypatch, tmp_path):
     """Guards: a lung named by its place in the list, x, y, w, h taken for corners, boxes beyond the
     image, notes cut at a line break, CT and lateral images, a licence that forbids changes."""
-    rows, notes = convert(monkeypatch, covid_tree(tmp_path, early))
+    rows, notes = convert(monkeypatch, covid_tree(tmp_path))
     assert [(row["image"], row["patient"], row["report"],
              [(region["phrase"], *region["boxes"]) for region in row["regions"]])
             for row in rows] == [(f"images_512/{name}", *more) for name, *more in COVID_EXPECTED]
     assert balanced(notes["funnel"]) and data.check(tmp_path / "out", tmp_path / "s.png") == 0
     dropped = {reason: sum(by.values()) for reason, by in notes["funnel"]["images"].items()}
-    modality = {"view": 2} if early else {"view": 1, "not X-ray": 1}
     assert dropped == {"in": 12, "licence": 1, "no image": 1, "unreadable image": 1, "no text": 1,
-                       "repeated image": 1, **modality}
+                       "repeated image": 1, "view": 1, "not X-ray": 1}
     studies = [row["study"] for row in rows]
     assert studies[0] == studies[1] and len(set(studies)) == 4     # one note of one patient
     with open(tmp_path / "out" / "LICENSES.csv", newline="") as file:
@@ -552,9 +547,9 @@ def test_covid_patients_keep_their_split(monkeypatch, tmp_path):
     image = (tmp_path / "repo" / "images" / "a.jpg").read_bytes()
     for n in range(500):
         (tmp_path / "repo" / "images" / f"{n}.jpg").write_bytes(image)
-    write_table(tmp_path / "repo" / "metadata.csv", ["filename", "view", "license", "patientid",
-                                                     "notes"],
-                [[f"{n}.jpg", "PA", "", str(n), "A note."] for n in range(500)])
+    write_table(tmp_path / "repo" / "metadata.csv", [
+        "filename", "view", "modality", "folder", "url", "license", "patientid", "clinical_notes"],
+        [[f"{n}.jpg", "PA", "X-ray", "images", "", "", str(n), "A note."] for n in range(500)])
     rows, _ = convert(monkeypatch, command, "--size", 0)
     splits = [row["split"] for row in rows]
     assert 80 <= splits.count("test") <= 120 and splits.count("train") == 500 - splits.count("test")
