@@ -982,15 +982,11 @@ MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
                    "out pairs": "394,835 (LoFi)"}
 
 
-def mimic_table(run, images, kind, lost, *columns):
-    """{dicom id: its columns} of a table of MIMIC-CXR-JPG, or {} and a note of what is lost."""
-    if not (images / "files").is_dir():
-        raise InputError(f"{images}: has no files/; --images expects the root of MIMIC-CXR-JPG")
-    if not (found := sorted(images.glob(f"mimic-cxr-2*-{kind}.csv*"))):
-        run.lost.append(f"{lost} (no mimic-cxr-2*-{kind}.csv*)")
-        return {}
+def mimic_table(images, kind, *columns):
+    """{dicom id: its columns} of a table of MIMIC-CXR-JPG."""
+    path = find(images, f"mimic-cxr-2*-{kind}.csv*", "--images expects the root of MIMIC-CXR-JPG")
     return {row["dicom_id"]: [row[column] for column in columns]
-            for row in csv_rows(found[0], "dicom_id", *columns)}
+            for row in csv_rows(path, "dicom_id", *columns)}
 
 
 def mimic_row(images, path, where):
@@ -1018,9 +1014,9 @@ def mimic_rows(run, path, split, views, good):
             texts = [one_line(text) for text in (*texts, entry.get("impression"))]
             # Boxes are in pixels of the originals. Their sizes are read from the table, as the
             # images may be copies that were shrunk before.
-            view, *size = views.get(row["dicom"], [entry.get("view")])
+            view, width, height = views.get(row["dicom"], ("", 1, 1))
             row |= {"split": split, "report": " ".join(filter(None, texts)),
-                    "scale": tuple(map(float, size))}
+                    "scale": (float(width), float(height))}
             if run.admit("images", split, "other method" if entry.get("generate_method") != method
                          else "view" if view not in ("PA", "AP")
                          else "quality" if good is not None and row["dicom"] not in good
@@ -1029,60 +1025,70 @@ def mimic_rows(run, path, split, views, good):
     return rows
 
 
-def add_pairs(run, rows, files, rated):
-    """Give rows the text-box pairs of their studies. files: {name: path} of the questions; rated:
-    {study: ids of those rated well}, or None for all.
+def find_questions(root, rating):
+    """MIMIC-Ext-CXR-QBA -> {file name: path} of the studies' questions, and {study: ids of those
+    rated well}, or None if all are."""
+    export, table = RATINGS[rating]
+    folder, rated = root / "exports" / export, defaultdict(set)
+    qa = find(folder, "qa*", "--qba expects MIMIC-Ext-CXR-QBA's root")
+    if not table:
+        return files_below(qa, ".qa.json"), None
+    path = find(folder, f"metadata/{table}/question_metadata.csv*", f"--rating {rating} needs it")
+    for row in csv_rows(path, "study_id", "question_id"):
+        rated["s" + row["study_id"].removeprefix("s")].add(row["question_id"])
+    return files_below(qa, ".qa.json"), rated
+
+
+def study_pairs(run, row, questions, rated):
+    """The text-box pairs that the questions on a study give for an image of it.
 
     Which answers give a pair, apart from their rating, is not stated in the paper: here the
     top-level, positive ones that are drawn from the report, each text once per image."""
-    missing = {row["study"] for row in rows if f"{row['study']}.qa.json" not in files}
+    pairs = {}
+    for question in questions:
+        for answer in question.get("answers") or []:
+            if row["dicom"] not in (answer.get("localization") or {}):
+                continue
+            place = answer["localization"][row["dicom"]] or {}
+            phrase, boxes = one_line(answer.get("text")), place.get("bboxes")
+            reason = ("rating" if rated is not None and question.get("question_id") not in rated
+                      else "not positive" if answer.get("positiveness", "pos") != "pos"
+                      else "not in report" if not answer.get("from_report", True)
+                      else "fallback box" if place.get("is_fallback")
+                      else "repeated text" if phrase in pairs
+                      else "no text" if not phrase
+                      else "no box" if not boxes else None)
+            if reason:
+                run.admit("pairs", row["split"], reason)
+            else:                                              # add_regions counts these
+                pairs[phrase] = boxes
+    return list(pairs.items())
+
+
+def add_pairs(run, rows, files, rated):
+    """Give rows the text-box pairs of their studies."""
+    missing = set()
+    for row in tqdm(rows, "boxes", unit="image"):
+        study = row["study"]
+        if not (file := files.get(f"{study}.qa.json")):
+            missing.add(study)
+            continue
+        with reading(file):
+            questions = json.loads(file.read_bytes()).get("questions") or []
+            row["pairs"] = study_pairs(run, row, questions, rated and rated[study])
     if missing:
         run.lost.append(f"pairs of {len(missing):,} studies that have no questions")
-    for row in tqdm(rows, "boxes", unit="image"):
-        if row["study"] in missing:
-            continue
-        file, pairs = files[f"{row['study']}.qa.json"], {}
-        with reading(file):
-            for question in json.loads(file.read_bytes()).get("questions") or []:
-                well_rated = rated is None or question.get("question_id") in rated[row["study"]]
-                for answer in question.get("answers") or []:
-                    if row["dicom"] not in (answer.get("localization") or {}):
-                        continue
-                    place = answer["localization"][row["dicom"]] or {}
-                    phrase, boxes = one_line(answer.get("text")), place.get("bboxes")
-                    reason = ("rating" if not well_rated
-                              else "not positive" if answer.get("positiveness", "pos") != "pos"
-                              else "not in report" if not answer.get("from_report", True)
-                              else "fallback box" if place.get("is_fallback")
-                              else "repeated text" if phrase in pairs
-                              else "no text" if not phrase
-                              else "no box" if not boxes else None)
-                    if reason:
-                        run.admit("pairs", row["split"], reason)
-                    else:                                      # add_regions counts these
-                        pairs[phrase] = boxes
-        row["pairs"] = list(pairs.items())
 
 
 def prepare_mimic_cxr(args):
     """MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA -> a manifest (Sec. 3.0.1)."""
-    run, rows, good, rated = Conversion(args), [], None, None
+    run, rows, good = Conversion(args), [], None
     texts = {split: find(args.llava_rad, f"**/chat_{name}_*.json", "--llava-rad expects the folder "
                          "of LLaVA-Rad's annotations")
              for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))}
-    views = mimic_table(run, args.images, "metadata", "the official views and sizes",
-                        "ViewPosition", "Columns", "Rows")
+    views = mimic_table(args.images, "metadata", "ViewPosition", "Columns", "Rows")
     if args.qba:
-        export, table = RATINGS[args.rating]
-        folder = args.qba / "exports" / export
-        files = files_below(find(folder, "qa*", "--qba expects MIMIC-Ext-CXR-QBA's root"),
-                            ".qa.json")
-        if table:
-            rated = defaultdict(set)
-            path = find(folder, f"metadata/{table}/question_metadata.csv*",
-                        f"--rating {args.rating} needs it")
-            for row in csv_rows(path, "study_id", "question_id"):
-                rated["s" + row["study_id"].removeprefix("s")].add(row["question_id"])
+        files, rated = find_questions(args.qba, args.rating)
     else:
         run.lost.append("text-box pairs, so grounding and dense captioning (no --qba)")
     if args.chexmask:
@@ -1140,7 +1146,7 @@ def prepare_padchest_gr(args):
 def prepare_ms_cxr(args):
     """MS-CXR -> a manifest: phrases and boxes, no reports. Its table has a line per box."""
     run, rows, boxes = Conversion(args), {}, defaultdict(list)
-    splits = mimic_table(run, args.images, "split", "rows without a split are of test", "split")
+    splits = mimic_table(args.images, "split", "split")
     with reading(args.table):
         for line in csv_rows(args.table, "path", "category_name", "label_text", "image_width",
                              "image_height", *"xywh"):
@@ -1292,55 +1298,53 @@ def parse_args():
 
     def converter(name, words):
         add = command(name, words + " -> a manifest")
-        add("--out", required=True, type=Path, metavar="DIR",
+        add("--out", required=True, type=Path,
             help="folder of the manifest, counts and images; a stopped run continues in it")
-        add("--size", type=int, default=512, metavar="PX", help="short side of the JPEGs, none is "
+        add("--size", type=int, default=512, help="short side of the JPEGs in pixels, none is "
             "enlarged (default: 512, Sec. 2.0.4); 0 keeps the originals in place")
-        add("--workers", type=int, default=min(8, os.cpu_count()), metavar="N",
+        add("--workers", type=int, default=min(8, os.cpu_count()),
             help="threads that shrink images (default: the CPUs, at most 8)")
         return add
 
     add = command("phantom", "draw chest X-rays with findings, reports and boxes")
     add("out", help="folder to write; must not exist")
     for split, n in PHANTOM_SIZES.items():
-        add(f"--{split}", type=int, default=n, metavar="N", help=f"images of {split} (default: {n})")
+        add(f"--{split}", type=int, default=n, help=f"images of {split} (default: {n})")
     add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
 
     add = converter("mimic-cxr", "MIMIC-CXR-JPG, LLaVA-Rad's texts, MIMIC-Ext-CXR-QBA's boxes")
-    add("--images", required=True, type=Path, metavar="DIR", help="root of MIMIC-CXR-JPG")
-    add("--llava-rad", required=True, type=Path, metavar="DIR",
-        help="LLaVA-Rad's annotations: chat_{train,dev,test}_*.json")
-    add("--qba", type=Path, metavar="DIR",
-        help="root of MIMIC-Ext-CXR-QBA, with exports/ (default: none, so no boxes)")
-    add("--chexmask", type=Path, metavar="CSV", help="CheXmask's MIMIC-CXR-JPG.csv, or .gz, to drop "
-        "images below 0.7 in Dice RCA (Mean) (default: none, so all are kept)")
+    add("--images", required=True, type=Path, help="root of MIMIC-CXR-JPG")
+    add("--llava-rad", required=True, type=Path, help="folder of LLaVA-Rad's chat_*.json")
+    add("--qba", type=Path, help="root of MIMIC-Ext-CXR-QBA (default: none, so no boxes)")
+    add("--chexmask", type=Path, help="CheXmask's MIMIC-CXR-JPG.csv, or .gz, to drop images below "
+        "0.7 in Dice RCA (Mean) (default: none, so all are kept)")
     add("--method", choices=METHODS, default="gpt4", help="which texts of LLaVA-Rad; a file "
         "without them gives its others (default: gpt4, an LLM's, Sec. 3.0.1)")
     add("--rating", choices=RATINGS, default="A++",
         help="lowest rating of a text-box pair's question (default: A++, Sec. 3.0.1)")
-    add("--wbf-iou", type=float, default=0.1, metavar="IOU", help="fuse boxes of a sentence that "
-        "overlap by more (default: 0.1, not stated in the paper)")
+    add("--wbf-iou", type=float, default=0.1, help="fuse boxes of a sentence that overlap by more "
+        "(default: 0.1, not stated in the paper)")
 
     add = converter("padchest-gr", "PadChest-GR: images, sentences and boxes")
-    add("--images", required=True, type=Path, metavar="PATH", help="folder or zip of 16-bit PNGs")
-    add("--reports", required=True, type=Path, metavar="JSON", help="grounded_reports_*.json")
-    add("--table", type=Path, metavar="CSV", help="master_table.csv, or .csv.zip: splits and "
-        "patients (default: none, so all rows are of train)")
+    add("--images", required=True, type=Path, help="folder or zip of the 16-bit PNGs")
+    add("--reports", required=True, type=Path, help="grounded_reports_*.json")
+    add("--table", type=Path, help="master_table.csv, or .csv.zip: splits and patients (default: "
+        "none, so all rows are of train)")
     add("--official-val", action="store_true", help="keep the validation split as val (default: "
         "it is part of train, as in the paper's pool, Sec. 3.0.1)")
 
     add = converter("ms-cxr", "MS-CXR: phrases and boxes on images of MIMIC-CXR-JPG")
-    add("--images", required=True, type=Path, metavar="DIR", help="root of MIMIC-CXR-JPG")
-    add("--table", required=True, type=Path, metavar="CSV",
+    add("--images", required=True, type=Path, help="root of MIMIC-CXR-JPG")
+    add("--table", required=True, type=Path,
         help="MS_CXR_Local_Alignment_v*.csv; a row without a split has MIMIC-CXR's")
 
     add = converter("covid-cxr", "the open COVID-19 image data collection: notes and lung boxes")
-    add("--repo", required=True, type=Path, metavar="DIR",
+    add("--repo", required=True, type=Path,
         help="clone of https://github.com/ieee8023/covid-chestxray-dataset")
 
     add = command("check", "read every row and image, count, draw eight rows with boxes")
     add("data", help="folder with manifest.jsonl, or that file")
-    add("--png", default="runs/check.png", help="where to draw (default: %(default)s)")
+    add("--png", default="runs/check.png", help="where to draw (default: runs/check.png)")
     return parser.parse_args()
 
 
