@@ -455,14 +455,14 @@ def cut_text(tokenizer, text, length=PROMPT_TOKENS):
 
 @functools.cache
 def say_once(text):
-    """Print a line on stderr, once a process."""
+    """Print a line on stderr, once per process."""
     print(text, file=sys.stderr)
 
 
 def learn_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer learned from texts, for towers trained from scratch.
 
-    Digits are never merged, so that a coordinate is one token a digit, as in Gemma's tokenizer."""
+    Digits are never merged: a coordinate has one token per digit, as in Gemma's tokenizer."""
     from transformers import GPT2Tokenizer
     bytes_only = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
                                unk_token="<unk>")
@@ -473,7 +473,7 @@ def learn_tokenizer(texts, vocab_size):
 
 
 def tokenizer_texts(rows):
-    """What a tokenizer is learned from: the prompts, reports and phrases of the training split."""
+    """The texts to learn a tokenizer from: the prompts, and the rows' reports and phrases."""
     prompts = [CAPTIONING_PROMPT, GROUNDING_PROMPT, DENSE_CAPTIONING_PROMPT] * 100
     return prompts + [r["report"] for r in rows] + [g["phrase"] for r in rows for g in r["regions"]]
 
@@ -482,20 +482,20 @@ COLOURS = ("#ffd21f", "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
 
 
 def draw_boxes(image, regions):
-    """Draw boxes on an image (PIL "RGB"), in place; each phrase has a colour, and a line above."""
+    """Draw boxes on an image (PIL "RGB"), in place, and list their phrases in the same colours."""
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     boxed = [region for region in regions if region["boxes"]]
     for n, (region, colour) in enumerate(zip(boxed, itertools.cycle(COLOURS))):
         phrase = textwrap.shorten(region["phrase"], 44, placeholder=" ...")
         pen.text((5, 3 + 16 * n), phrase, colour, font, stroke_width=2, stroke_fill="black")
     for region, colour in zip(boxed, itertools.cycle(COLOURS)):
-        for box in region["boxes"]:                            # last: no phrase hides an edge
+        for box in region["boxes"]:                            # last, so text hides no edge
             corners = [v * (n - 1) for v, n in zip(box, image.size * 2)]
             pen.rectangle(corners, outline=colour, width=2)
 
 
 def tile(cells, columns):
-    """Pictures of one size, row by row on one sheet -> PIL image."""
+    """Images of one size, row by row on one sheet -> PIL image."""
     w, h = cells[0].size
     sheet = Image.new("RGB", (w * min(columns, len(cells)), h * math.ceil(len(cells) / columns)))
     for n, cell in enumerate(cells):
@@ -504,9 +504,8 @@ def tile(cells, columns):
 
 
 def map_ahead(pool, function, items, ahead):
-    """Yield function(item) in order from an executor, which is at most `ahead` items ahead.
-
-    So neither the items nor the results of a large set are all in memory at once."""
+    """Yield function(item) in order, computed by an executor at most `ahead` items ahead, so
+    that the items and results of a large set are never all in memory."""
     waiting = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -517,7 +516,7 @@ def map_ahead(pool, function, items, ahead):
 
 
 def start_worker():
-    """A worker process leaves Ctrl-C to its parent, and ends with it even if that is killed."""
+    """Set up a worker process: it ignores Ctrl-C and ends when its parent ends or is killed."""
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -718,8 +717,8 @@ PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
 def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     """Write a phantom data set to a new folder, the same for the same seed. Returns the folder.
 
-    It is drawn in a folder of its own and renamed: a killed run leaves no half phantom, and of two
-    runs at once the first to finish is kept."""
+    It is drawn in a temporary folder, which is then renamed: a killed run leaves no partial
+    phantom, and of two runs at once the first to finish is kept."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -748,7 +747,7 @@ def reading(path):
         yield
     except InputError:
         raise
-    except Exception as error:               # of gzip, zipfile, csv or json; a value of another type
+    except Exception as error:               # from gzip, zipfile, csv, json or a wrong type
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be read to its end ({reason}); is the path right and the "
                          "download complete?")
@@ -856,10 +855,11 @@ def shrink(job):
 
 
 class Conversion:
-    """A run of a converter: what it counts (the funnel), what it has to do without, what it writes.
+    """A run of a converter: the steps that all converters share, and their counts (the funnel).
 
     funnel: {table: {reason: {split: n}}}, table one of images, pairs, boxes and out (what is left);
-    reason "in" is what came in, every other one says why something was dropped."""
+    reason "in" is what came in, any other one says why something was dropped. lost: what the run
+    has to do without, in words."""
 
     def __init__(self, args):
         self.args, self.out, self.size = args, args.out, args.size
@@ -881,7 +881,7 @@ class Conversion:
         by_split[split] += n
 
     def admit(self, table, split, reason=None):
-        """Count an image or a pair that came in and, with a reason, is dropped -> if it stays."""
+        """Count an image or pair that came in and, given a reason, was dropped -> if it stays."""
         self.count(table, split, "in")
         if reason:
             self.count(table, split, reason)
@@ -1030,13 +1030,13 @@ def find_questions(root, rating):
     rated well}, or None if all are."""
     export, table = RATINGS[rating]
     folder, rated = root / "exports" / export, defaultdict(set)
-    qa = find(folder, "qa*", "--qba expects MIMIC-Ext-CXR-QBA's root")
+    files = files_below(find(folder, "qa*", "--qba expects MIMIC-Ext-CXR-QBA's root"), ".qa.json")
     if not table:
-        return files_below(qa, ".qa.json"), None
+        return files, None
     path = find(folder, f"metadata/{table}/question_metadata.csv*", f"--rating {rating} needs it")
     for row in csv_rows(path, "study_id", "question_id"):
         rated["s" + row["study_id"].removeprefix("s")].add(row["question_id"])
-    return files_below(qa, ".qa.json"), rated
+    return files, rated
 
 
 def study_pairs(run, row, questions, rated):
@@ -1181,7 +1181,7 @@ def lung_boxes(path):
                 found[note["image_id"]].append(([x, y, x + w, y + h], note.get("category_id")))
         for image in coco["images"]:
             boxes = found[image["id"]]
-            if len(boxes) == 2:      # the patient's right lung is the one further left
+            if len(boxes) == 2:                                # the right lung is further left
                 boxes = zip(sorted(box for box, _ in boxes), LUNGS)
             pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
             if pairs:
@@ -1299,7 +1299,7 @@ def parse_args():
     def converter(name, words):
         add = command(name, words + " -> a manifest")
         add("--out", required=True, type=Path,
-            help="folder of the manifest, counts and images; a stopped run continues in it")
+            help="folder of the manifest, counts and images; run again to continue a stopped run")
         add("--size", type=int, default=512, help="short side of the JPEGs in pixels, none is "
             "enlarged (default: 512, Sec. 2.0.4); 0 keeps the originals in place")
         add("--workers", type=int, default=min(8, os.cpu_count()),
@@ -1339,8 +1339,7 @@ def parse_args():
         help="MS_CXR_Local_Alignment_v*.csv; a row without a split has MIMIC-CXR's")
 
     add = converter("covid-cxr", "the open COVID-19 image data collection: notes and lung boxes")
-    add("--repo", required=True, type=Path,
-        help="clone of https://github.com/ieee8023/covid-chestxray-dataset")
+    add("--repo", required=True, type=Path, help="clone of ieee8023/covid-chestxray-dataset")
 
     add = command("check", "read every row and image, count, draw eight rows with boxes")
     add("data", help="folder with manifest.jsonl, or that file")

@@ -138,7 +138,7 @@ def write_table(path, header, rows, bom=True):
 
 
 def write_questions(folder, lead):
-    """qa.zip, or qa/ for lead None, with other files in it and App beside it."""
+    """qa.zip, or qa/ for lead None, with other files in it and App next to it."""
     files = {f"{lead or ''}p1{study[5]}/p1/{study}.qa.json":
              json.dumps({"study_id": study, "questions": [
                  {"question_id": name, "answers": answers} for name, answers in questions]})
