@@ -115,7 +115,7 @@ def test_what_is_no_manifest_is_said(tmp_path):
                         (lambda: write(tmp_path / "b", "", "[", json.dumps(ROW), "]"),
                          ":2: expected a line of JSON"),
                         (lambda: write(tmp_path / "g", "1"), "expected a JSON object, got int"),
-                        (lambda: write(tmp_path / "e", "{\"a\":" + "[" * 10 ** 5), "a line of JSON"),
+                        (lambda: write(tmp_path / "e", "{\"a\":" + "[" * 10 ** 5), "line of JSON"),
                         (lambda: write(tmp_path / "f", "9" * 5000), "a line of JSON"),
                         (lambda: write(tmp_path / "c", {**ROW, "split": "test"}),
                          "no rows with split 'train'")):
