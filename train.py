@@ -677,10 +677,6 @@ def phantom_folder(dry_run, rank):
         data.make_phantom(folder)
     if dist.is_initialized():
         dist.barrier()                                         # the others wait
-    if not data.is_whole_phantom(folder):
-        raise InputError(f"{folder}: not a whole phantom, its drawing was interrupted or it was "
-                         "changed; remove the folder and run the same command again, or name it "
-                         "with --data")
     return folder
 
 
