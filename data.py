@@ -409,14 +409,14 @@ def scan_manifest(data):
                     json.dumps(row, ensure_ascii=False).encode()
                 problem = row_problem(row, path.parent)
             except (ValueError, RecursionError) as error:
-                problem = f"expected a line of JSON in UTF-8: {first_line(error)}"
+                problem = f"expected one JSON object a line, in UTF-8: {first_line(error)}"
             yield number, row, problem
 
 
 def row_problem(row, folder):
     """What is invalid about a row of the manifest, in words; None if it is valid."""
     if not isinstance(row, dict):
-        return f"expected a JSON object, got {type(row).__name__}"
+        return f"expected one JSON object a line, got a {type(row).__name__}"
     for key, kind in zip(ROW_KEYS, (str, str, str, str, str | None, list | None), strict=True):
         value = row.get(key)
         if not isinstance(value, kind) or (kind is str and not value):
@@ -1193,21 +1193,22 @@ def prepare_covid_cxr(args):
     """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
     run, rows = Conversion(args), []
     lungs = lung_boxes(args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json")
-    for line in csv_rows(args.repo / "metadata.csv", "patientid", "view", "modality", "folder",
-                         "filename", "url", "license", "clinical_notes", ragged=True):
-        line = {key: one_line(value) for key, value in line.items()}
-        name, report = line["filename"], line["clinical_notes"]
+    for line in csv_rows(args.repo / "metadata.csv", "filename", "view", "license", ragged=True):
+        # early releases have other capitals and spaces, and fewer columns
+        line = defaultdict(str, {str(key).strip().lower(): one_line(value)
+                                 for key, value in line.items()})
+        name, report = line["filename"], line["clinical_notes"] or line["notes"]
         patient, licence = line["patientid"] or name, line["license"] or "unstated"
         pairs, scale = lungs.get(name, ([], None))
         split = "train" if zlib.crc32(patient.encode()) % 5 else "test"
-        if run.admit("images", split, "not X-ray" if line["modality"] != "X-ray" else
+        if run.admit("images", split, "not X-ray" if line["modality"] not in ("", "X-ray") else
                      "view" if line["view"] not in ("PA", "AP", "AP Supine", "APS") else
                      "licence" if NO_DERIVATIVES.search(licence) else
                      "no text" if not (report or pairs) else None):
             rows.append({"study": f"{patient}-{zlib.crc32(report.encode()):08x}",  # one per note
                          "patient": patient, "split": split, "report": report, "pairs": pairs,
                          "scale": scale, "name": name.removesuffix(".jpg") + ".jpg",
-                         "source": args.repo / line["folder"] / name,
+                         "source": args.repo / (line["folder"] or "images") / name,
                          "licence": (name, licence, line["url"])})
     rows = run.prepare_images(rows)
     run.finish(rows, {})

@@ -111,12 +111,12 @@ def test_a_wrong_row_stops_with_file_line_and_reason(tmp_path, change, words):
 def test_what_is_no_manifest_is_said(tmp_path):
     """Guards: a traceback for a wrong path, broken JSON, an absent split."""
     for make, words in ((lambda: tmp_path / "none", "no such file"),
-                        (lambda: write(tmp_path / "a", "{broken"), "a line of JSON"),
+                        (lambda: write(tmp_path / "a", "{broken"), "one JSON object a line"),
                         (lambda: write(tmp_path / "b", "", "[", json.dumps(ROW), "]"),
-                         ":2: expected a line of JSON"),
-                        (lambda: write(tmp_path / "g", "1"), "expected a JSON object, got int"),
-                        (lambda: write(tmp_path / "e", "{\"a\":" + "[" * 10 ** 5), "line of JSON"),
-                        (lambda: write(tmp_path / "f", "9" * 5000), "a line of JSON"),
+                         ":2: expected one JSON object a line"),
+                        (lambda: write(tmp_path / "g", "1"), "expected one JSON object a line, got int"),
+                        (lambda: write(tmp_path / "e", "{\"a\":" + "[" * 10 ** 5), "one JSON object"),
+                        (lambda: write(tmp_path / "f", "9" * 5000), "one JSON object a line"),
                         (lambda: write(tmp_path / "c", {**ROW, "split": "test"}),
                          "no rows with split 'train'")):
         with pytest.raises(InputError, match=words):
@@ -129,7 +129,7 @@ def test_a_wrong_byte_is_named_with_its_line(tmp_path):
     raw = (folder / "manifest.jsonl").read_bytes()
     (folder / "manifest.jsonl").write_bytes(raw.replace(b"REPORT", b"caf\xe9"))
     problems = [problem for *_, problem in data.scan_manifest(folder)]
-    assert problems[::2] == [None, None] and "JSON in UTF-8" in problems[1]
+    assert problems[::2] == [None, None] and "in UTF-8" in problems[1]
     with pytest.raises(InputError, match=":2: .*utf-8.* decode byte 0xe9"):
         data.read_manifest(folder)
 
