@@ -416,7 +416,7 @@ def scan_manifest(data):
 def row_problem(row, folder):
     """What is invalid about a row of the manifest, in words; None if it is valid."""
     if not isinstance(row, dict):
-        return f"expected one JSON object a line, got a {type(row).__name__}"
+        return f"expected one JSON object a line, got {type(row).__name__}"
     for key, kind in zip(ROW_KEYS, (str, str, str, str, str | None, list | None), strict=True):
         value = row.get(key)
         if not isinstance(value, kind) or (kind is str and not value):
