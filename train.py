@@ -103,7 +103,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -128,7 +127,7 @@ import metrics
 import retrieve
 from losses import (TASKS, captioning_loss, dense_captioning_loss, grounding_loss, sigmoid_loss,
                     total_loss)
-from model import PHANTOM, PRESETS, TINY, LoFi, find_device, join_processes, say
+from model import PHANTOM, PRESETS, LoFi, find_device, join_processes, say
 
 LOSSES = ("loss", "sigmoid", "captioning", "grounding", "dense_captioning")      # in log.jsonl
 MAX_SKIPPED = 5                         # skipped steps in a row that end the run
@@ -319,8 +318,7 @@ def average_gradients(parameters):
 class Guard:
     """Signals, unreadable images, and losses that are not finite.
 
-    SIGTERM or Ctrl-C stops the run after a step. Without torchrun, a second Ctrl-C stops it at
-    once."""
+    SIGTERM or Ctrl-C stops the run after a step; without torchrun, a second Ctrl-C at once."""
 
     def __init__(self, skip_bad_images):
         self.skip_bad_images, self.bad = skip_bad_images, []
@@ -446,8 +444,7 @@ def load_trainer(path, model, optimizers, scaler, settings):
         state = torch.load(path, map_location="cpu", weights_only=True)
         differ = {k: v for k, v in state["settings"].items()
                   if k != "data" and v != settings.get(k)}
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:                                 # damage raises many types
         raise InputError(f"{path}: damaged, or not a checkpoint of this train.py "
                          f"({first_line(error)}); train again with a new --out")
     if differ:
@@ -538,7 +535,8 @@ def evaluate(model, rows, training_rows, batch_size=64):
 
     Retrieval: five-sentence sub-reports, one image per study (Sec. 3.1). Grounding: LoFi's own
     decoder on each phrase with boxes, next to the phrase prior of the training rows."""
-    results, table, paths = {}, data.sub_report_table(rows), [row["path"] for row in rows]
+    results, paths = {"n_images": len(rows)}, [row["path"] for row in rows]
+    table = data.sub_report_table(rows)
     if table[1]:
         image_emb = torch.cat([model.encode_image(paths[i:i + batch_size])
                                for i in range(0, len(paths), batch_size)]).cpu()
@@ -552,7 +550,7 @@ def evaluate(model, rows, training_rows, batch_size=64):
         print(f"\ngrounding of {len(predictions)} test phrases, %")
         icl_ground.print_grounding({"LoFi": results["grounding"],
                                     "phrase prior": results.get("prior")})
-    return {**results, "n_images": len(rows)}
+    return results
 
 
 MODEL_CARD = """\
@@ -572,14 +570,18 @@ Scores, next to a baseline:
 {scores}
 ```
 
-To use it: `LoFi.from_pretrained("{out}")`, of model.py, then `.ground("x.png", ["The heart is
-enlarged."])` or `.report("x.png")`. LoFi is never taught that a finding is not there: it answers
-almost any phrase with boxes.
+    from model import LoFi
+    model = LoFi.from_pretrained("{out}")
+    boxes = model.ground("x.png", ["The heart is enlarged."])
+    report = model.report("x.png")
+
+LoFi is never taught that a finding is not there: it answers almost any phrase with boxes.
 """
 
 
 def finish_run(out, model, split, settings, began):
     """Evaluate on the test split, write metrics.json and README.md, print the next commands."""
+    print(f"saved {out}")
     results, printed = {}, io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -649,18 +651,13 @@ def read_rows(path, objectives):
 
 def find_config(args, start):
     """The preset's config, or that of the run to start from, changed by the flags."""
-    names = ["lam", "batch_size", "lr", "augment"]
-    if start:
-        config = start
-        if args.preset not in (None, start.preset):
-            raise InputError(f"the run to start from has preset {start.preset}, not {args.preset}")
-    else:
-        config = PRESETS[args.preset or ("paper" if args.data else "tiny")]
-        if config is TINY and not args.data:
-            config = PHANTOM
-        if args.random_init:
-            config = dataclasses.replace(config, encoder=None, llm=None)
-        names += ["encoder", "llm"]
+    if start and args.preset not in (None, start.preset):
+        raise InputError(f"the run to start from has preset {start.preset}, not {args.preset}")
+    preset = args.preset or ("paper" if args.data else "tiny")
+    config = start or (PRESETS[preset] if args.data or preset == "paper" else PHANTOM)
+    if args.random_init and not start:
+        config = dataclasses.replace(config, encoder=None, llm=None)
+    names = ("lam", "batch_size", "lr", "augment", *(() if start else ("encoder", "llm")))
     changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.steps or args.epochs:
         changed |= {"steps": args.steps, "epochs": args.epochs}
@@ -683,6 +680,9 @@ def build_model(args, source, rows, world):
     if args.grad_checkpoint:
         for part in (model.siglip, model.llm):
             part.gradient_checkpointing_enable({"use_reentrant": False})
+    say(f"trains {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        + (", LoRA and new layers" if config.lora_rank else ""))
     return model, batch_size
 
 
@@ -701,20 +701,17 @@ def main(args=None):
     path = args.data or phantom_folder(args.dry_run, rank)
     split, rows = read_rows(path, args.objectives)
     out = run_folder(args, path)
-    has_checkpoint = args.resume and (out / "trainer.pt").exists()
-    writes = rank == 0 and not args.dry_run
+    checkpoint, writes = out / "trainer.pt", rank == 0 and not args.dry_run
 
     # model
-    model, batch_size = build_model(args, out if has_checkpoint else args.init, rows, world)
+    resumes = args.resume and checkpoint.exists()
+    model, batch_size = build_model(args, out if resumes else args.init, rows, world)
     model.to(device)
     config, trainable = model.config, [p for p in model.parameters() if p.requires_grad]
     if args.random_init and config.lora_rank:
         split["val"] = split["test"] = []                      # frozen towers would stay random
-    say(f"trains {sum(p.numel() for p in trainable):,} of "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        + (", LoRA and new layers" if config.lora_rank else ""))
 
-    # optimizer, schedule, checkpoint
+    # schedule, optimizer, checkpoint
     per_epoch = batches_per_epoch(len(rows), batch_size, args.objectives, world)
     steps = config.steps or math.inf
     if config.epochs:
@@ -726,17 +723,17 @@ def main(args=None):
                 "objectives": args.objectives, "lambda": config.lam, "lr": config.lr,
                 "steps": steps, "batch-size": batch_size, "batches an epoch": per_epoch,
                 "accumulate": args.accumulate, "seed": args.seed, "augment": config.augment}
-    first = 0
-    if has_checkpoint:
-        first = load_trainer(out / "trainer.pt", model, optimizers, scaler, settings)
+    first = load_trainer(checkpoint, model, optimizers, scaler, settings) if resumes else 0
 
     # batches
     keys = batches(len(rows), batch_size, per_epoch, args.seed, first * args.accumulate,
                    steps * args.accumulate, rank, world)
     loader = load_batches(model, rows, args.objectives, args.seed, keys, config.augment,
                           args.workers)
-    say(f"{len(rows):,} training images, {steps:,} steps of {args.accumulate * batch_size}, "
-        f"objectives {args.objectives}, on {world} x {device.type} in {precision}")
+    per_step = args.accumulate * batch_size
+    say(f"{len(rows):,} training images, {steps:,} steps of {per_step}, objectives "
+        f"{args.objectives}, on {f'{world} x ' if world > 1 else ''}{device.type} in "
+        f"{str(precision).removeprefix('torch.')}")
     log = open_log(out, args.resume, first, config) if writes else open(os.devnull, "w")
 
     # the loop
@@ -780,31 +777,30 @@ def main(args=None):
 
         # log, checkpoint, stop
         done, stop = step + 1, max(from_all(guard.signal))
-        save = writes and (done == steps or done % args.save_every == 0)
+        at_checkpoint = writes and (done == steps or done % args.save_every == 0)
         values = log_values(losses, args.objectives)
-        rate = args.accumulate * batch_size / (time.time() - start)
-        line = {"step": done, "lr": lr, **values, "samples_per_s": round(rate, 4)}
-        if save and split["val"]:
+        line = {"step": done, "lr": lr, **values,
+                "samples_per_s": round(per_step / (time.time() - start), 4)}
+        if at_checkpoint and split["val"]:
             line["val"] = validate(model, split["val"], args.objectives, batch_size)
         print(json.dumps(line), file=log, flush=True)
-        bar.set_postfix({name: f"{v:.2f}" for name, v in values.items() if v is not None},
-                        refresh=False)
-        if (save or stop and writes) and not guard.in_a_row:
+        bar.set_postfix({k: f"{v:.2f}" for k, v in values.items() if v is not None}, refresh=False)
+        if (at_checkpoint or stop and writes) and not guard.in_a_row:
             save_run(out, model, optimizers, scaler, done, settings)
         if stop and done < steps:
             bar.close()
+            saved = "" if guard.in_a_row else " and saved"
             if rank == 0:
-                print(f"stopped{'' if guard.in_a_row else ' and saved'} after step {done}; "
-                      "continue with the same command and --resume", file=sys.stderr)
+                print(f"stopped{saved} after step {done}; continue with the same command and "
+                      "--resume", file=sys.stderr)
             sys.exit(128 + stop)
 
     guard.end(steps - first)
     if args.dry_run:
-        say(f"dry run: one step of {args.accumulate * batch_size} images, loss {values['loss']}; "
-            "each row of the data is valid; nothing written")
+        say(f"dry run: one step of {per_step} images, loss {values['loss']}; each row of the data "
+            "is valid; nothing written")
     elif rank == 0:
         log.close()
-        print(f"saved {out}")
         finish_run(out, model, split, settings, began)
 
 
