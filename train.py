@@ -39,8 +39,8 @@ def parse_args():
         "tiny: small towers from scratch (default: paper with --data, else tiny)")
     add("--encoder", metavar="ID", help="SigLIP-family model id or folder (preset)")
     add("--llm", metavar="ID", help="Gemma 3 text model id or folder (preset)")
-    add("--random-init", action="store_true", help="random weights of the preset's sizes, to try "
-        "memory and speed without downloads; a given --encoder or --llm is still loaded")
+    add("--random-init", action="store_true", help="random weights where no --encoder or --llm is "
+        "given, to try memory and speed without downloads")
 
     add = parser.add_argument_group("objective and schedule").add_argument
     add("--objectives", default="scgd", metavar="LETTERS", help="s sigmoid (Eq. 1), c captioning "
@@ -67,10 +67,10 @@ def parse_args():
         help="recompute activations in the backward pass: less memory, about a third slower")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster")
     add("--workers", type=int, metavar="N", help="processes that decode images (default: one per "
-        "core, at most 4; at most 1 if the preset caches decoded images)")
+        "core, at most 4; tiny: 1 with augmentation, else 0)")
     add("--save-every", type=int, default=500, metavar="N",
         help="steps between checkpoints, each with losses on val (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of all random draws (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)")
     add("--dry-run", action="store_true", help="check the data, run one step, write nothing")
     return parser.parse_args()
 
@@ -89,8 +89,7 @@ def check_args(args):
         if value is not None and not low <= value <= high:     # NaN compares as False
             raise InputError(f"--{flag} {value}: expected {low:g} to {high:g}")
     if args.init and (args.encoder or args.llm or args.random_init):
-        raise InputError("--init brings its own encoder and LLM; leave out --encoder, --llm and "
-                         "--random-init")
+        raise InputError("--init has its own weights; leave out --encoder, --llm, --random-init")
 
 
 ARGS = parse_args() if __name__ == "__main__" else None
@@ -238,8 +237,8 @@ def images_per_step(config, given, n_rows, objectives, world):
     given: --batch-size, or None. Without it, a batch shrinks until an epoch has min_batches, but
     keeps 8 images for the sigmoid loss, which learns from negatives. Raises InputError."""
     if n_rows < world or n_rows < 2 and "s" in objectives:
-        raise InputError(f"{n_rows} training images for {world} processes; expected one each, and "
-                         "two for the sigmoid loss, which learns from negatives")
+        raise InputError(f"{n_rows} training images for {world} processes; expected one each, two "
+                         "for the sigmoid loss")
     full, least = config.batch_size * world, min(8, n_rows) if "s" in objectives else 1
     most = n_rows if given else max(world, least, n_rows // config.min_batches)
     if most < full:
@@ -248,7 +247,7 @@ def images_per_step(config, given, n_rows, objectives, world):
 
 
 def load_batches(model, rows, objectives, seed, keys, augment=0.0, workers=0):
-    """Yield the batches of the keys, decoded by worker processes, on the model's device.
+    """An iterator over the batches of the keys, decoded by worker processes, on the model's device.
 
     augment: strength of augmentation. An unreadable image becomes a message in batch["bad"]."""
     config = model.config
@@ -259,13 +258,13 @@ def load_batches(model, rows, objectives, seed, keys, augment=0.0, workers=0):
     if workers is None:
         # with small towers a worker takes a core from the training: only augmentation is worth it
         workers = int(augment > 0) if config.cache else min(4, os.cpu_count())
-    for batch in torch.utils.data.DataLoader(
-            dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
-            worker_init_fn=ignore_signals, pin_memory=model.device.type == "cuda",
-            generator=torch.Generator()):                      # does not draw from torch's own
-        # without waiting for the copy; images stay uint8 until they are there
-        yield {k: v.to(model.device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-               for k, v in batch.items()}
+    loader = iter(torch.utils.data.DataLoader(                 # its workers start here
+        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
+        worker_init_fn=ignore_signals, pin_memory=model.device.type == "cuda",
+        generator=torch.Generator()))                          # does not draw from torch's own
+    # without waiting for the copy; images stay uint8 until they are there
+    return ({k: v.to(model.device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+             for k, v in batch.items()} for batch in loader)
 
 
 def ignore_signals(_):
@@ -362,14 +361,13 @@ class Guard:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if bad := sum(from_all(self.bad), []):
-            say(f"{len(bad)} times an image could not be read and was left out, "
-                f"{len(set(bad))} different ones:\n" + "\n".join(sorted(set(bad))[:10]))
+            say(f"{len(bad)} times an image could not be read and was left out:\n"
+                + "\n".join(sorted(set(bad))[:10]))
         if self.skipped:
             say(f"skipped {self.skipped} steps without a finite loss and gradient")
         if self.in_a_row or 2 * self.skipped > steps:
-            raise InputError(f"{self.skipped} of {steps} steps were skipped, {self.in_a_row} of "
-                             "them at the end: the training diverged, and its last weights are not "
-                             "saved or scored; lower --lr and train again")
+            raise InputError(f"training diverged: {self.skipped} of {steps} steps were skipped, "
+                             f"{self.in_a_row} at the end; lower --lr and train again")
 
 
 # ---- the run folder -----------------------------------------------------------------------------
@@ -506,11 +504,10 @@ def draw_curves(log, w=420, h=300):
     picture, last = Image.new("RGB", (2 * w, 2 * h), "white"), lines[-1]["step"]
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for panel, name in enumerate(LOSSES[1:]):
-        train = [(line["step"], line[name]) for line in lines if line[name] is not None]
+        train = [(line["step"], line[name]) for line in lines[::1 + len(lines) // 400]
+                 if line[name] is not None]
         val = [(line["step"], line["val"][name]) for line in lines
                if line.get("val") and line["val"][name] is not None]
-        bins = np.array_split(train, min(len(train), 100) or 1)
-        train = [part.mean(0) for part in bins if len(part)]
         high = max([value for _, value in [*train, *val]], default=1) or 1
         left, top = panel % 2 * w + 20, panel // 2 * h + 30
         right, bottom = left + w - 40, top + h - 40
@@ -570,12 +567,8 @@ Scores, next to a baseline:
 {scores}
 ```
 
-    from model import LoFi
-    model = LoFi.from_pretrained("{out}")
-    boxes = model.ground("x.png", ["The heart is enlarged."])
-    report = model.report("x.png")
-
-LoFi is never taught that a finding is not there: it answers almost any phrase with boxes.
+`LoFi.from_pretrained("{out}")` of model.py loads it. LoFi is never taught that a finding is not
+there: it answers almost any phrase with boxes.
 """
 
 
@@ -590,11 +583,10 @@ def finish_run(out, model, split, settings, began):
             else:
                 print("not evaluated: no test split, or random frozen towers (--random-init)")
     except InputError as error:
-        raise InputError(f"{error}; the run is saved: repair the image, then evaluate it with the "
-                         "same command and --resume")
+        raise InputError(f"{error}; the run is saved: repair the image, then evaluate by --resume")
     print(printed.getvalue())
-    metrics.write_json(out / "metrics.json",
-                       {**results, "seconds": round(time.time() - began, 1)})
+    results["seconds"] = round(time.time() - began, 1)
+    metrics.write_json(out / "metrics.json", results)
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
                             capture_output=True).stdout.strip()
     card = MODEL_CARD.format(
@@ -641,11 +633,10 @@ def read_rows(path, objectives):
               if data.possible_tasks(row, objectives)
               or "s" in objectives and (row["report"] or row["regions"])]
     if not usable:
-        raise InputError(f"{path}: none of its {len(split['train'])} rows with split 'train' has "
-                         f"the text or boxes that --objectives {objectives} needs")
-    if left_out := len(split["train"]) - len(usable):
-        say(f"left out {left_out} training images without text or boxes for --objectives "
-            f"{objectives}")
+        raise InputError(f"{path}: no row with split 'train' has what --objectives {objectives} "
+                         "needs, a report or boxes")
+    if n := len(split["train"]) - len(usable):
+        say(f"left out {n} training images: no text or box for --objectives {objectives}")
     return split, usable
 
 
@@ -702,9 +693,9 @@ def main(args=None):
     split, rows = read_rows(path, args.objectives)
     out = run_folder(args, path)
     checkpoint, writes = out / "trainer.pt", rank == 0 and not args.dry_run
+    resumes = args.resume and checkpoint.exists()
 
     # model
-    resumes = args.resume and checkpoint.exists()
     model, batch_size = build_model(args, out if resumes else args.init, rows, world)
     model.to(device)
     config, trainable = model.config, [p for p in model.parameters() if p.requires_grad]
@@ -789,16 +780,14 @@ def main(args=None):
             save_run(out, model, optimizers, scaler, done, settings)
         if stop and done < steps:
             bar.close()
-            saved = "" if guard.in_a_row else " and saved"
             if rank == 0:
-                print(f"stopped{saved} after step {done}; continue with the same command and "
-                      "--resume", file=sys.stderr)
+                print(f"stopped{'' if guard.in_a_row else ' and saved'} after step {done}; "
+                      "run the same command with --resume", file=sys.stderr)
             sys.exit(128 + stop)
 
     guard.end(steps - first)
     if args.dry_run:
-        say(f"dry run: one step of {per_step} images, loss {values['loss']}; each row of the data "
-            "is valid; nothing written")
+        say(f"dry run: the data are valid, one step has loss {values['loss']}, nothing written")
     elif rank == 0:
         log.close()
         finish_run(out, model, split, settings, began)
