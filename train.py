@@ -301,15 +301,17 @@ def gather(x):
 def average_gradients(parameters):
     """Average the gradients over the processes; None stays where no process has one.
 
-    After the backward pass, not within it as in DistributedDataParallel: only LoRA and new layers
-    train, so there is little to overlap."""
-    if dist.is_initialized():
-        has = from_all([p.grad is not None for p in parameters])
-        for p, *has_gradient in zip(parameters, *has):
-            if any(has_gradient):
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
+    One call after the backward pass instead of DistributedDataParallel's hooks within it: only LoRA
+    and new layers train, so there is little to overlap."""
+    has = from_all([p.grad is not None for p in parameters])
+    used = [p for p, *has_gradient in zip(parameters, *has) if any(has_gradient)]
+    if len(has) == 1 or not used:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+    dist.all_reduce(flat)
+    flat /= len(has)
+    for p, gradient in zip(used, flat.split([p.numel() for p in used])):
+        p.grad = gradient.view_as(p)
 
 
 # ---- what can go wrong in a step ----------------------------------------------------------------
