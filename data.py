@@ -36,7 +36,6 @@ import multiprocessing
 import os
 import re
 import signal
-import struct
 import sys
 import tempfile
 import textwrap
@@ -44,8 +43,7 @@ import threading
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +53,8 @@ from tqdm import tqdm
 from metrics import (InputError, box_iou, box_problem, check_output, drop_degenerate, first_line,
                      format_table, write_file, write_json)
 
-# torch and transformers, which take seconds to import, are imported in the few functions that use
-# them: the commands of this file do without.
+# torch and transformers, which take seconds to import, are imported only in the few functions that
+# use them; the commands of this file do not.
 
 
 # ---- the manifest: one image a row ---------------------------------------------------------------
@@ -126,7 +124,7 @@ def text_to_boxes(text):
 
 # ---- prompts (Eq. 2, 3, L_d) and the draw of a task ----------------------------------------------
 
-# Of the last two the paper prints only the beginning: their endings are not stated in the paper.
+# The paper prints only the beginning of the last two prompts; their endings are not stated in it.
 CAPTIONING_PROMPT = "Report this medical scan."             # P_c
 GROUNDING_PROMPT = "Detect all instances of: {phrase}"      # P_g
 DENSE_CAPTIONING_PROMPT = "Describe the regions: {boxes}"   # P_d
@@ -144,10 +142,10 @@ def possible_tasks(row, objectives="cgd"):
 
 
 def sample_tasks(report, regions, objectives, n_regions, rng):
-    """Draw tau, then its (task, prompt, target) rows: one report, or up to n_regions regions.
+    """Draw tau -> its rows (task, prompt, target): one of a report, or up to n_regions of regions.
 
-    No rows if the image has neither. A row is one sequence of the LLM; those of one image share its
-    vision pass, which is why several regions cost little."""
+    [] if the image has neither. A row is one sequence of the LLM; the rows of an image share its
+    vision pass, so several regions cost little."""
     regions = [region for region in regions if region["boxes"]]
     tasks = possible_tasks({"report": report, "regions": regions}, objectives)
     if not tasks:
@@ -156,17 +154,15 @@ def sample_tasks(report, regions, objectives, n_regions, rng):
     weight = np.array([TASK_WEIGHT[task] for task in tasks], float)
     task = tasks[rng.choice(len(tasks), p=weight / weight.sum())]
     if task == "c":
-        return [("c", CAPTIONING_PROMPT, report)]                          # Eq. 2
-    chosen = rng.permutation(len(regions))[:n_regions]
-    return [location_aware_row(task, regions[i]) for i in chosen]
-
-
-def location_aware_row(task, region):
-    """(task, prompt, target): grounding (Eq. 3, phrase to boxes) or its swap, dense captioning."""
-    phrase, boxes = region["phrase"], boxes_to_text(region["boxes"])
-    if task == "g":
-        return "g", GROUNDING_PROMPT.format(phrase=phrase), boxes          # p(b | I, P_g, s)
-    return "d", DENSE_CAPTIONING_PROMPT.format(boxes=boxes), phrase        # p(s | I, P_d, b)
+        return [("c", CAPTIONING_PROMPT, report)]                              # Eq. 2
+    rows = []
+    for i in rng.permutation(len(regions))[:n_regions]:
+        phrase, boxes = regions[i]["phrase"], boxes_to_text(regions[i]["boxes"])
+        if task == "g":
+            rows.append(("g", GROUNDING_PROMPT.format(phrase=phrase), boxes))  # Eq. 3
+        else:                                                                  # L_d: Eq. 3 swapped
+            rows.append(("d", DENSE_CAPTIONING_PROMPT.format(boxes=boxes), phrase))
+    return rows
 
 
 # ---- sentences and sub-reports -------------------------------------------------------------------
@@ -245,12 +241,11 @@ def load_image(path, size=None):
 
 
 def augment(image, regions, size, strength, rng):
-    """Crop or pad, brighten and contrast an image, and move its boxes along; not stated in the
-    paper.
+    """Randomly crop or pad an image and change its contrast; move its boxes along.
 
-    image: PIL "L" of any size. -> ((size, size) uint8, regions). At strength 1 the window is 0.75
-    to 1.25 of the image a side. Never a flip, which would swap left and right. A region that loses
-    over a third of a box's area is dropped."""
+    Not stated in the paper. image: PIL "L" of any size. -> ((size, size) uint8, regions). At
+    strength 1 the sides of the window are 0.75 to 1.25 of the image's. There is no flip, which
+    would swap left and right. A region is dropped if one of its boxes loses a third of its area."""
     def vary(low, high, n=None):
         return strength * rng.uniform(low, high, n)
     # The window (x, y, w, h) in fractions of the image; where it is larger, black is padded.
@@ -294,7 +289,7 @@ def text_ids(tokenizer, texts, length):
 
 
 def prompt_ids(tokenizer, prompt):
-    """Prompt, then a line break that parts it from the target (not stated in the paper)."""
+    """Token ids of a prompt and a line break before the target (not stated in the paper)."""
     return plain_ids(tokenizer, cut_text(tokenizer, prompt) + "\n")
 
 
@@ -303,11 +298,11 @@ def prompt_ids(tokenizer, prompt):
 class ChestXrays:
     """Training samples of manifest rows: a map-style dataset for torch.utils.data.DataLoader.
 
-    Indexed by (epoch, i), which alone fixes the random draws, whatever the order or the workers. A
+    Indexed by (epoch, i), which fixes the random draws, whatever the order or the workers. A
     sample: {"image": (size, size) uint8, "path": str, "text": str, "tasks": [(task, prompt,
     target), ...]}, or {"bad": message} for an unreadable image if skip_bad is set.
 
-    rows: of read_manifest; objectives: of "scgd"; n_regions: at most, of an image in a step;
+    rows: from read_manifest; objectives: letters of "scgd"; n_regions: at most, per image and step;
     augmented: strength, 0 for none; cached: keep decoded images, for sets that fit in memory."""
 
     def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
@@ -344,8 +339,8 @@ class Collate:
     """Samples -> a batch of tensors. B images, R rows of the LLM, L tokens of the longest row.
 
     image (B, S, S) uint8; text (B, T) ids, if there is a text tokenizer; ids (R, L): prompt,
-    target, <eos>, padding; is_target (R, L): target and <eos>; image_of_row (R,); task_of_row (R,):
-    index in losses.TASKS; paths: of the images; bad: messages."""
+    target, <eos>, padding; is_target (R, L): target and <eos>; image_of_row (R,): index in image;
+    task_of_row (R,): index in losses.TASKS; paths: of the images; bad: messages."""
 
     def __init__(self, text_tokenizer, text_length, llm_tokenizer, max_target):
         self.text_tokenizer, self.text_length = text_tokenizer, text_length
@@ -383,7 +378,7 @@ class Collate:
             target = target[:self.max_target]                  # a target that is cut has no <eos>
             ids.append(torch.tensor(prompt + target))
             is_target.append(torch.arange(len(prompt + target)) >= len(prompt))
-        if not pairs:                                          # contrastive learning alone
+        if not pairs:                                          # only the contrastive loss
             return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
         return (pad_sequence(ids, batch_first=True, padding_value=self.llm_tokenizer.pad_token_id),
                 pad_sequence(is_target, batch_first=True, padding_value=False))
@@ -402,24 +397,19 @@ ROW_KEYS = ("image", "study", "patient", "split", "report", "regions")
 def scan_manifest(data):
     """Yield (line number, row or None, problem or None) for each line of a manifest."""
     path = manifest_path(data)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.lstrip().startswith("["):
-                yield number, None, "a JSON array, expected one JSON object a line (JSON Lines)"
-                return
-            if not line.strip():
-                continue
             row = None
             try:
-                line.encode()                                  # a wrong byte was read as surrogate
+                line = line.decode("utf-8-sig").strip()
+                if not line:
+                    continue
                 row = json.loads(line)
                 if "\\u" in line:                              # half a surrogate pair is no text
                     json.dumps(row, ensure_ascii=False).encode()
                 problem = row_problem(row, path.parent)
-            except UnicodeEncodeError as error:
-                problem = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
             except (ValueError, RecursionError) as error:
-                problem = f"not JSON: {first_line(error)}"
+                problem = f"expected a line of JSON in UTF-8: {first_line(error)}"
             yield number, row, problem
 
 
@@ -448,9 +438,7 @@ def row_problem(row, folder):
 
 def find_row(rows, image):
     """The row whose image is this file or, by its bytes, a copy of it; None if there is none."""
-    size = os.path.getsize(image)
-    same = [row for row in rows if os.path.getsize(row["path"]) == size
-            and filecmp.cmp(row["path"], image, shallow=False)]
+    same = [row for row in rows if filecmp.cmp(row["path"], image, shallow=False)]
     own = [row for row in same if os.path.samefile(row["path"], image)]
     return next(iter(own + same), None)
 
@@ -467,14 +455,14 @@ def cut_text(tokenizer, text, length=PROMPT_TOKENS):
 
 @functools.cache
 def say_once(text):
-    """Print a line on stderr, once a process."""
+    """Print a line on stderr, once per process."""
     print(text, file=sys.stderr)
 
 
 def learn_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer learned from texts, for towers trained from scratch.
 
-    Digits are never merged, so that a coordinate is one token a digit, as in Gemma's tokenizer."""
+    Digits are never merged: a coordinate has one token per digit, as in Gemma's tokenizer."""
     from transformers import GPT2Tokenizer
     bytes_only = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
                                unk_token="<unk>")
@@ -485,7 +473,7 @@ def learn_tokenizer(texts, vocab_size):
 
 
 def tokenizer_texts(rows):
-    """What a tokenizer is learned from: the prompts, reports and phrases of the training split."""
+    """The texts to learn a tokenizer from: the prompts, and the rows' reports and phrases."""
     prompts = [CAPTIONING_PROMPT, GROUNDING_PROMPT, DENSE_CAPTIONING_PROMPT] * 100
     return prompts + [r["report"] for r in rows] + [g["phrase"] for r in rows for g in r["regions"]]
 
@@ -494,20 +482,20 @@ COLOURS = ("#ffd21f", "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
 
 
 def draw_boxes(image, regions):
-    """Draw boxes on an image (PIL "RGB"), in place; each phrase has a colour, and a line above."""
+    """Draw boxes on an image (PIL "RGB"), in place, and list their phrases in the same colours."""
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     boxed = [region for region in regions if region["boxes"]]
     for n, (region, colour) in enumerate(zip(boxed, itertools.cycle(COLOURS))):
         phrase = textwrap.shorten(region["phrase"], 44, placeholder=" ...")
         pen.text((5, 3 + 16 * n), phrase, colour, font, stroke_width=2, stroke_fill="black")
     for region, colour in zip(boxed, itertools.cycle(COLOURS)):
-        for box in region["boxes"]:                            # last: no phrase hides an edge
+        for box in region["boxes"]:                            # last, so text hides no edge
             corners = [v * (n - 1) for v, n in zip(box, image.size * 2)]
             pen.rectangle(corners, outline=colour, width=2)
 
 
 def tile(cells, columns):
-    """Pictures of one size, row by row on one sheet -> PIL image."""
+    """Images of one size, row by row on one sheet -> PIL image."""
     w, h = cells[0].size
     sheet = Image.new("RGB", (w * min(columns, len(cells)), h * math.ceil(len(cells) / columns)))
     for n, cell in enumerate(cells):
@@ -516,9 +504,8 @@ def tile(cells, columns):
 
 
 def map_ahead(pool, function, items, ahead):
-    """Yield function(item) in order from an executor, which is at most `ahead` items ahead.
-
-    So neither the items nor the results of a large set are all in memory at once."""
+    """Yield function(item) in order, computed by an executor at most `ahead` items ahead, so
+    that the items and results of a large set are never all in memory."""
     waiting = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -529,25 +516,12 @@ def map_ahead(pool, function, items, ahead):
 
 
 def start_worker():
-    """A worker process leaves Ctrl-C to its parent, and ends with it even if that is killed."""
+    """Set up a worker process: it ignores Ctrl-C and ends when its parent ends or is killed."""
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def map_processes(function, items, workers):
-    """Yield function(item) in order, from a process pool if there is more than one worker."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-        try:
-            yield from map_ahead(pool, function, items, 2 * workers)
-        except BrokenProcessPool:
-            raise InputError("a worker process was killed, perhaps for want of memory; run the "
-                             "same command with fewer --workers: it continues where it was")
 
 
 # ---- the phantom: drawn chest X-rays -------------------------------------------------------------
@@ -743,8 +717,8 @@ PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
 def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     """Write a phantom data set to a new folder, the same for the same seed. Returns the folder.
 
-    It is drawn in a folder of its own and renamed: a killed run leaves no half phantom, and of two
-    runs at once the first to finish is kept."""
+    It is drawn in a temporary folder, which is then renamed: a killed run leaves no partial
+    phantom, and of two runs at once the first to finish is kept."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -764,112 +738,61 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     return out
 
 
-def is_whole_phantom(folder, sizes=PHANTOM_SIZES):
-    """Whether a folder has a manifest with as many rows of each split as make_phantom writes."""
-    try:
-        with open(manifest_path(folder)) as lines:
-            found = Counter(json.loads(line)["split"] for line in lines)
-    except (ValueError, KeyError, TypeError, OSError):
-        return False
-    return all(found[split] == n for split, n in sizes.items())
-
-
-# ---- converters: sources read in place, a line or a member at a time -----------------------------
-
-DAMAGED = (OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
-           csv.Error, struct.error, zlib.error, zipfile.BadZipFile)
-
+# ---- converters: reading the sources in place ----------------------------------------------------
 
 @contextlib.contextmanager
 def reading(path):
-    """Turn whatever goes wrong inside with a source into an InputError that names it."""
+    """Turn any error inside, while a source is read, into an InputError that names the source."""
     try:
         yield
     except InputError:
         raise
-    except DAMAGED as error:
+    except Exception as error:               # from gzip, zipfile, csv, json or a wrong type
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be read to its end ({reason}); is the path right and the "
                          "download complete?")
 
 
-@contextlib.contextmanager
-def open_text(path):
-    """A text file, plain, .gz or the one .csv of a .zip, without its byte order mark."""
-    kind = Path(path).suffix
-    with reading(path):
-        if kind == ".zip":
-            names, take = members(path, ".csv")
-            raw = io.BytesIO(take(names[min(names)]))
-        else:
-            raw = gzip.open(path) if kind == ".gz" else open(path, "rb")
-        with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
-            yield text
-
-
 def csv_rows(path, *columns, ragged=False):
-    """Yield the rows of a table as dicts; short ones, filled with "", only if ragged."""
+    """Yield the rows of a table as dicts: of a .csv, a .gz or a zip of one .csv.
+
+    ragged: rows may be short; the values that they lack are None."""
     csv.field_size_limit(1 << 30)                              # CheXmask: a mask is one field
-    with open_text(path) as text:
-        table = csv.DictReader(text, restval="" if ragged else None)
-        names = table.fieldnames or []
-        if missing := [name for name in columns if name not in names]:
-            raise InputError(f"{path}: no column {missing[0]!r} in {', '.join(names)[:200]}")
-        for row in tqdm(table, Path(path).name, unit="row"):
-            if None in row.values():                           # DictReader's mark of a short row
-                raise InputError(f"{path}:{table.line_num}: fewer than the {len(names)} fields "
-                                 "expected; is the download complete?")
-            yield row
-
-
-def json_items(path, chunk=1 << 20, limit=1 << 26):
-    """Yield the objects of a JSON array, with bare NaN if need be; only a piece is in memory."""
-    decoder, at, number = json.JSONDecoder(), 1, 1
-    with open_text(path) as file:
-        text = file.read(chunk).lstrip()
-        if not text.startswith("["):
-            raise InputError(f"{path}: expected a JSON array, got {text[:20]!r}")
-        while True:
-            at = re.compile(r"[\s,]*").match(text, at).end()
-            if text.startswith("]", at):
-                return
-            try:
-                item, at = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                more = file.read(chunk)
-                if not more or len(text) - at > limit:
-                    raise InputError(f"{path}: item {number} is cut short or not JSON "
-                                     f"({error.msg}); is the download complete?")
-                text, at = text[at:] + more, 0
-                continue
-            yield item
-            number += 1
-
-
-def members(path, suffix):
-    """Files below a folder or in a zip -> {bare name: path or member}, as releases differ in their
-    folders, and what turns a member into bytes and leaves a path as it is."""
     with reading(path):
-        archive = None if os.path.isdir(path) else zipfile.ZipFile(path)
-        found = archive.namelist() if archive else map(str, Path(path).rglob("*" + suffix))
-    names = {os.path.basename(p): p for p in found
-             if p.endswith(suffix) and not os.path.basename(p).startswith(".")}    # macOS: ._x
-    if not names:
+        if path.suffix == ".zip":
+            [path] = files_below(path, ".csv").values()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as raw:
+            table = csv.DictReader(io.TextIOWrapper(raw, "utf-8-sig", newline=""))
+            names = table.fieldnames or []
+            if missing := [name for name in columns if name not in names]:
+                raise InputError(f"{path}: no column {missing[0]!r} in {', '.join(names)[:200]}")
+            for row in tqdm(table, path.name, unit="row"):
+                if None in row.values() and not ragged:
+                    raise InputError(f"{path}:{table.line_num}: expected {len(names)} fields, got "
+                                     "fewer; is the download complete?")
+                yield row
+
+
+def files_below(path, suffix):
+    """{file name: path} of the files in a folder or a zip, at any depth, as releases differ."""
+    with reading(path):
+        if path.is_dir():
+            found = path.rglob("*" + suffix)
+        else:
+            archive = zipfile.ZipFile(path)
+            found = (zipfile.Path(archive, name) for name in archive.namelist())
+        files = {file.name: file for file in found
+                 if file.name.endswith(suffix) and not file.name.startswith(".")}    # macOS: ._x
+    if not files:
         raise InputError(f"{path}: no *{suffix} in it; expected a folder or a zip with some")
-
-    def take(member):
-        with reading(f"{path}: {member}"):
-            return archive.read(member) if archive else member
-
-    return names, take
+    return files
 
 
-def find(folder, expected, *patterns):
-    """The first file of a pattern in a folder or one level below, as releases differ."""
-    for pattern in (place for pattern in patterns for place in (pattern, f"*/{pattern}")):
-        if found := sorted(Path(folder).glob(pattern)):
-            return found[0]
-    raise InputError(f"{folder}: has no {patterns[0]}; {expected}")
+def find(folder, pattern, expected):
+    """The first file in a folder that matches a pattern."""
+    if not (found := sorted(folder.glob(pattern))):
+        raise InputError(f"{folder}: has no {pattern}; {expected}")
+    return found[0]
 
 
 def one_line(text):
@@ -878,7 +801,7 @@ def one_line(text):
 
 
 def official_split(value, path):
-    """The manifest's name of a split as its authors spell it."""
+    """The manifest's name of a split of the data set."""
     split = {"validate": "val", "validation": "val"}.get(value, value)
     if split not in SPLITS:
         raise InputError(f"{path}: split {value!r}, expected train, validate, validation or test")
@@ -909,13 +832,13 @@ def weighted_boxes_fusion(boxes, iou):
 def shrink(job):
     """Write an image as an 8-bit JPEG, its short side `size` pixels, unless it is smaller.
 
-    job: (path or bytes, where to write, size or 0, units of its boxes (w, h) or None for its own).
-    -> those units or, as text, why there is no image."""
+    job: (path, where to write, size or 0 to write nothing, units (w, h) of its boxes or None for
+    the image's own size). -> those units or, as text, why there is no image."""
     source, target, size, scale = job
-    if scale and not size:
-        return scale if os.path.isfile(source) else "no image"
+    if scale and (target.exists() if size else source.is_file()):
+        return scale
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with source.open("rb") as file, Image.open(file) as image:
             scale = scale or image.size
             if not size or target.exists():
                 return scale
@@ -925,66 +848,68 @@ def shrink(job):
             image = load_image(image).resize(small, Image.Resampling.BILINEAR)
     except FileNotFoundError:
         return "no image"
-    except UNREADABLE:
+    except (*UNREADABLE, zlib.error, zipfile.BadZipFile):
         return "unreadable image"
     write_file(target, lambda draft: image.save(draft, "JPEG", quality=95))
     return scale
 
 
 class Conversion:
-    """A run of a converter: where it writes, what it counts (the funnel) and what it does without.
+    """A run of a converter: the steps that all converters share, and their counts (the funnel).
 
-    funnel: {(table, reason, split): n}, table one of images, pairs, boxes and out (what is left);
-    reason "in" is what came in, every other one says why something was dropped."""
+    funnel: {table: {reason: {split: n}}}, table one of images, pairs, boxes and out (what is left);
+    reason "in" is what came in, any other one says why something was dropped. lost: what the run
+    has to do without, in words."""
 
     def __init__(self, args):
-        self.out, self.size, self.workers = args.out, args.size, args.workers
+        self.args, self.out, self.size = args, args.out, args.size
         self.iou = getattr(args, "wbf_iou", 1)                 # no boxes overlap by more than 1
-        self.funnel, self.lost, self.seen = Counter(), [], set()
-        self.arguments = {name: str(value) for name, value in vars(args).items()}
-        if self.size < 0 or self.workers < 1 or not 0 <= self.iou <= 1:
-            raise InputError(f"--size {self.size}, --workers {self.workers}, --wbf-iou {self.iou}: "
+        self.funnel, self.lost = {}, []
+        if self.size < 0 or args.workers < 1 or not 0 <= self.iou <= 1:
+            raise InputError(f"--size {self.size}, --workers {args.workers}, --wbf-iou {self.iou}: "
                              "expected at least 0, at least 1, and from 0 to 1")
+        self.out.mkdir(parents=True, exist_ok=True)
         notes = self.out / "prepare.json"
-        with reading(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
-            mine = notes.exists() and f'"command": "{args.command}"' in notes.read_text()
+        mine = notes.exists() and f'"command": "{args.command}"' in notes.read_text()
         for path in (self.out / "manifest.jsonl", notes, self.out / "LICENSES.csv"):
             if path.exists() and not mine:
                 raise InputError(f"{path}: exists and was not written by {args.command}; choose "
                                  "another --out")
-            check_output(path, filter(os.path.isfile, self.arguments.values()))
 
-    def admit(self, row, reason=None):
-        """Count a row that came in and, with a reason, is dropped -> whether it stays."""
-        reason = reason or ("repeated image" if row["name"] in self.seen else None)
-        self.funnel.update([("images", why, row["split"]) for why in ("in", reason) if why])
-        if not reason:
-            self.seen.add(row["name"])
+    def count(self, table, split, reason, n=1):
+        by_split = self.funnel.setdefault(table, {}).setdefault(reason, dict.fromkeys(SPLITS, 0))
+        by_split[split] += n
+
+    def admit(self, table, split, reason=None):
+        """Count an image or pair that came in and, given a reason, was dropped -> if it stays."""
+        self.count(table, split, "in")
+        if reason:
+            self.count(table, split, reason)
         return not reason
 
-    def prepare_images(self, rows, take=str):
-        """Shrink the images of rows into --out, once, or leave them -> the rows that have one.
+    def prepare_images(self, rows):
+        """Shrink the images of rows into --out, or leave them in place -> the rows that have one.
 
-        row["source"]: what take() turns into a path or bytes; row["name"]: where to write, below
-        a folder that names the size; row["scale"]: units of its boxes, if not the image's."""
+        row["source"]: the image's path, perhaps in a zip; row["name"]: where to write, in a folder
+        that names the size; row["scale"]: units (w, h) of its boxes, if not the image's own."""
+        unique, kept = {}, []
         for row in rows:
             row["image"] = (f"images_{self.size}/{row['name']}" if self.size else
                             os.path.abspath(row["source"]))
-        todo = [row for row in rows if not (self.size and row["scale"]
-                                            and (self.out / row["image"]).exists())]
-        jobs = ((take(row["source"]), self.out / row["image"], self.size, row["scale"])
-                for row in todo)
-        done = map_processes(shrink, jobs, self.workers if self.size else 1)
-        for result, row in zip(tqdm(done, "images", len(todo), unit="image"), todo):
-            if not isinstance(result, str):
-                row["scale"] = result
-                continue
-            row["image"] = None
-            self.funnel["images", result, row["split"]] += 1
-            if result == "unreadable image":
-                tqdm.write(f"unreadable image: {row['source']}")
-        return [row for row in rows if row["image"]]
+            if unique.setdefault(row["name"], row) is not row:
+                self.count("images", row["split"], "repeated image")
+        jobs = ((row["source"], self.out / row["image"], self.size, row["scale"])
+                for row in unique.values())
+        with ThreadPoolExecutor(self.args.workers) as threads:
+            results = map_ahead(threads, shrink, jobs, 2 * self.args.workers)
+            for row, result in zip(tqdm(unique.values(), "images", unit="image"), results):
+                if not isinstance(result, str):
+                    kept.append({**row, "scale": result})
+                    continue
+                self.count("images", row["split"], result)
+                if result == "unreadable image":
+                    tqdm.write(f"unreadable image: {row['source']}")
+        return kept
 
     def add_regions(self, row):
         """Turn row["pairs"], (phrase, boxes in units of row["scale"]), into regions, counted: boxes
@@ -998,15 +923,13 @@ class Conversion:
                 raise InputError(f"{phrase!r} has boxes {boxes}, expected fractions, got pixels")
             inside = drop_degenerate(fractions.clip(0, 1).round(5).tolist())
             fused = weighted_boxes_fusion(inside, self.iou) if self.iou < 1 else inside
-            reason = ("no text" if not phrase else "no box" if not boxes else
-                      "degenerate box" if not fused else None)
-            self.funnel.update([("pairs", why, split) for why in ("in", reason) if why])
-            self.funnel.update({("boxes", "in", split): len(boxes),
-                                ("boxes", "degenerate box", split): len(boxes) - len(inside),
-                                ("boxes", "merged", split): len(inside) - len(fused)})
-            if not reason:
+            if self.admit("pairs", split, "no text" if not phrase else "no box" if not boxes else
+                          "degenerate box" if not fused else None):
                 fused = [[round(v, 5) for v in box] for box in fused]
                 row["regions"].append({"phrase": phrase, "boxes": fused})
+            self.count("boxes", split, "in", len(boxes))
+            self.count("boxes", split, "degenerate box", len(boxes) - len(inside))
+            self.count("boxes", split, "merged", len(inside) - len(fused))
 
     def finish(self, rows, published):
         """Make the regions, print the funnel and what is missing, write prepare.json and manifest.
@@ -1015,27 +938,22 @@ class Conversion:
             self.add_regions(row)
         for split in SPLITS:
             for name, n in count_rows(rows, split).items():
-                self.funnel["out", name, split] = n
-        tables = defaultdict(dict)
-        for table, reason, _ in self.funnel:
-            tables[table][reason] = {split: self.funnel[table, reason, split] for split in SPLITS}
+                self.count("out", split, name, n)
         print(format_table([("", *SPLITS)] + [
             (f"{table} {reason}", *(f"{n:,}" for n in by_split.values()))
-            for table, reasons in tables.items() for reason, by_split in reasons.items()]))
+            for table, reasons in self.funnel.items() for reason, by_split in reasons.items()]))
         for name, count in published.items():
             print(f"published, {name}: {count}")
         for loss in self.lost:
             print(f"missing: {loss}")
         if not rows:
             raise InputError(f"{self.out}: no image is left, see the counts above; nothing written")
+        arguments = {name: str(value) for name, value in vars(self.args).items()}
         write_json(self.out / "prepare.json", {
-            "command": self.arguments["command"], "arguments": self.arguments, "lost": self.lost,
-            "funnel": tables, "published": published})
-        def write_rows(draft):                                 # row by row: some sets are large
-            with open(draft, "w") as file:
-                file.writelines(json.dumps({key: row[key] for key in ROW_KEYS}) + "\n"
-                                for row in rows)
-        write_file(self.out / "manifest.jsonl", write_rows)
+            "command": self.args.command, "arguments": arguments, "lost": self.lost,
+            "funnel": self.funnel, "published": published})
+        lines = [json.dumps({key: row[key] for key in ROW_KEYS}) + "\n" for row in rows]
+        write_file(self.out / "manifest.jsonl", lambda draft: draft.write_text("".join(lines)))
         print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
 
 
@@ -1064,16 +982,10 @@ MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
                    "out pairs": "394,835 (LoFi)"}
 
 
-def mimic_table(run, images, kind, lost, *columns):
-    """{dicom id: its columns} of a table of MIMIC-CXR-JPG, or {} and a note of what is lost."""
-    if not os.path.isdir(f"{images}/files"):
-        raise InputError(f"{images}: has no files/; --images expects the root of MIMIC-CXR-JPG")
-    try:
-        path = find(images, lost, f"mimic-cxr-2*-{kind}.csv*")
-    except InputError as error:
-        run.lost.append(str(error))
-        return {}
-    return {row["dicom_id"]: [sys.intern(row[column]) for column in columns]
+def mimic_table(images, kind, *columns):
+    """{dicom id: its columns} of a table of MIMIC-CXR-JPG."""
+    path = find(images, f"mimic-cxr-2*-{kind}.csv*", "--images expects the root of MIMIC-CXR-JPG")
+    return {row["dicom_id"]: [row[column] for column in columns]
             for row in csv_rows(path, "dicom_id", *columns)}
 
 
@@ -1084,104 +996,101 @@ def mimic_row(images, path, where):
     patient, study, dicom = found.groups()
     name = f"{patient[:3]}/{found[0]}"
     return {"study": study, "patient": patient, "dicom": dicom, "name": name,
-            "pairs": [], "report": "", "source": f"{images}/files/{name}"}
+            "pairs": [], "report": "", "source": images / "files" / name}
 
 
-def mimic_rows(run, path, images, asked, split, tables):
-    """Yield a row for each frontal image of good quality in a file of LLaVA-Rad, with its text."""
-    (splits, views, good), method = tables, asked
-    if not any(entry.get("generate_method") == asked for entry in json_items(path)):
-        method = "rule-based" if asked == "gpt4" else "gpt4"
-        run.lost.append(f"{asked} texts of {path.name}: its {method} texts are used")
-    for entry in tqdm(json_items(path), path.name, unit="item"):
-        row = mimic_row(images, entry.get("image"), path)
-        # Findings and impression (Sec. 3.0.1); either may be missing.
-        texts = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
-        row["report"] = " ".join(filter(None, map(one_line, [*texts, entry.get("impression")])))
-        row["split"] = official_split(splits.get(row["dicom"], [split])[0], path)
-        # Sizes from the table, so that copies that were shrunk before serve as well: boxes are in
-        # pixels of the originals.
-        view, *size = views.get(row["dicom"], [entry.get("view")])
-        row["scale"] = tuple(map(float, size))
-        if run.admit(row, "other method" if entry.get("generate_method") != method else
-                     "view" if view not in ("PA", "AP") else
-                     "quality" if good is not None and row["dicom"] not in good else
-                     "no text" if not row["report"] else None):
-            yield row
+def mimic_rows(run, path, split, views, good):
+    """The rows of a file of LLaVA-Rad: frontal images of good quality with the text asked for."""
+    rows, method = [], run.args.method
+    with reading(path):
+        entries = json.loads(path.read_bytes())
+        if not any(entry.get("generate_method") == method for entry in entries):
+            method = "rule-based" if method == "gpt4" else "gpt4"
+            run.lost.append(f"{run.args.method} texts of {path.name}: its {method} texts are used")
+        for entry in tqdm(entries, path.name, unit="item"):
+            row = mimic_row(run.args.images, entry.get("image"), path)
+            # Findings and impression (Sec. 3.0.1); either may be missing.
+            texts = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
+            texts = [one_line(text) for text in (*texts, entry.get("impression"))]
+            # Boxes are in pixels of the originals. Their sizes are read from the table, as the
+            # images may be copies that were shrunk before.
+            view, width, height = views.get(row["dicom"], ("", 1, 1))
+            row |= {"split": split, "report": " ".join(filter(None, texts)),
+                    "scale": (float(width), float(height))}
+            if run.admit("images", split, "other method" if entry.get("generate_method") != method
+                         else "view" if view not in ("PA", "AP")
+                         else "quality" if good is not None and row["dicom"] not in good
+                         else "no text" if not row["report"] else None):
+                rows.append(row)
+    return rows
 
 
-def study_pairs(job):
-    """Text-box pairs of a study. Which answers give one, beside their rating, is not stated in the
-    paper: here the top-level, positive ones drawn from the report, each text once an image.
-
-    job: (path or bytes of the questions, ids of those rated well or None for all, split, dicom
-    ids). -> {dicom id: {phrase: boxes}}, funnel of the dropped."""
-    source, rated, split, dicoms = job
-    pairs, funnel = {dicom: {} for dicom in dicoms}, Counter()
-    text = source if isinstance(source, bytes) else Path(source).read_bytes()
-    for question in json.loads(text).get("questions") or []:
-        answers = [(answer, 0) for answer in question.get("answers") or []]
-        for answer, depth in answers:                          # which grows by the sub-answers
-            answers += [(below, depth + 1) for below in answer.get("sub_answers") or []]
-            phrase = one_line(answer.get("text"))
-            for dicom in pairs.keys() & (answer.get("localization") or {}).keys():
-                place = answer["localization"][dicom] or {}
-                reason = ("rating" if not (rated is None or question.get("question_id") in rated)
-                          else "sub-answer" if depth
-                          else "not positive" if answer.get("positiveness", "pos") != "pos"
-                          else "not in report" if not answer.get("from_report", True)
-                          else "fallback box" if place.get("is_fallback")
-                          else "repeated text" if phrase in pairs[dicom]
-                          else "no text" if not phrase
-                          else "no box" if not place.get("bboxes") else None)
-                if reason:
-                    funnel.update([("pairs", "in", split), ("pairs", reason, split)])
-                else:
-                    pairs[dicom][phrase] = place["bboxes"]
-    return pairs, funnel
+def find_questions(root, rating):
+    """MIMIC-Ext-CXR-QBA -> {file name: path} of the studies' questions, and {study: ids of those
+    rated well}, or None if all are."""
+    export, table = RATINGS[rating]
+    folder, rated = root / "exports" / export, defaultdict(set)
+    files = files_below(find(folder, "qa*", "--qba expects MIMIC-Ext-CXR-QBA's root"), ".qa.json")
+    if not table:
+        return files, None
+    path = find(folder, f"metadata/{table}/question_metadata.csv*", f"--rating {rating} needs it")
+    for row in csv_rows(path, "study_id", "question_id"):
+        rated["s" + row["study_id"].removeprefix("s")].add(row["question_id"])
+    return files, rated
 
 
-def add_pairs(run, rows, names, take, rated):
-    """Give rows the text-box pairs of their studies from the files of questions."""
-    studies = defaultdict(list)
-    for row in rows:
-        studies[row["study"]].append(row)
-    found = [study for study in studies if f"{study}.qa.json" in names]
-    if len(found) < len(studies):
-        run.lost.append(f"pairs of {len(studies) - len(found):,} studies that have no questions")
-    jobs = ((take(names[f"{study}.qa.json"]), rated and rated.get(study, ()),
-             studies[study][0]["split"], [row["dicom"] for row in studies[study]])
-            for study in found)
-    results = map_processes(study_pairs, jobs, run.workers)
-    for study in tqdm(found, "boxes", unit="study"):
-        with reading(names[f"{study}.qa.json"]):
-            pairs, counts = next(results)
-        run.funnel.update(counts)
-        for row in studies[study]:
-            row["pairs"] = list(pairs[row["dicom"]].items())
+def study_pairs(run, row, questions, rated):
+    """The text-box pairs that the questions on a study give for an image of it.
+
+    Which answers give a pair, apart from their rating, is not stated in the paper: here the
+    top-level, positive ones that are drawn from the report, each text once per image."""
+    pairs = {}
+    for question in questions:
+        for answer in question.get("answers") or []:
+            if row["dicom"] not in (answer.get("localization") or {}):
+                continue
+            place = answer["localization"][row["dicom"]] or {}
+            phrase, boxes = one_line(answer.get("text")), place.get("bboxes")
+            reason = ("rating" if rated is not None and question.get("question_id") not in rated
+                      else "not positive" if answer.get("positiveness", "pos") != "pos"
+                      else "not in report" if not answer.get("from_report", True)
+                      else "fallback box" if place.get("is_fallback")
+                      else "repeated text" if phrase in pairs
+                      else "no text" if not phrase
+                      else "no box" if not boxes else None)
+            if reason:
+                run.admit("pairs", row["split"], reason)
+            else:                                              # add_regions counts these
+                pairs[phrase] = boxes
+    return list(pairs.items())
+
+
+def add_pairs(run, rows, files, rated):
+    """Give rows the text-box pairs of their studies."""
+    missing = set()
+    for row in tqdm(rows, "boxes", unit="image"):
+        study = row["study"]
+        if not (file := files.get(f"{study}.qa.json")):
+            missing.add(study)
+            continue
+        with reading(file):
+            questions = json.loads(file.read_bytes()).get("questions") or []
+            row["pairs"] = study_pairs(run, row, questions, rated and rated[study])
+    if missing:
+        run.lost.append(f"pairs of {len(missing):,} studies that have no questions")
 
 
 def prepare_mimic_cxr(args):
     """MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA -> a manifest (Sec. 3.0.1)."""
     run, rows, good = Conversion(args), [], None
-    texts = {split: find(args.llava_rad, "--llava-rad expects the folder of LLaVA-Rad's "
-                         "annotations", f"chat_{name}_*.json")
+    texts = {split: find(args.llava_rad, f"**/chat_{name}_*.json", "--llava-rad expects the folder "
+                         "of LLaVA-Rad's annotations")
              for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))}
-    if args.qba:                                               # wrong folders are said at once
-        (export, table), expected = RATINGS[args.rating], "--qba expects MIMIC-Ext-CXR-QBA's root"
-        folder = find(args.qba, expected, f"exports/{export}", export)
-        questions = members(find(folder, expected, "qa.zip", "qa"), ".qa.json")
-        rated = defaultdict(set) if table else None            # {study: ids of its questions}
-        if table:
-            path = find(folder, f"--rating {args.rating} needs it",
-                        f"metadata/{table}/question_metadata.csv*")
-            for row in csv_rows(path, "study_id", "question_id"):
-                rated["s" + row["study_id"].removeprefix("s")].add(sys.intern(row["question_id"]))
+    views = mimic_table(args.images, "metadata", "ViewPosition", "Columns", "Rows")
+    if args.qba:
+        files, rated = find_questions(args.qba, args.rating)
     else:
         run.lost.append("text-box pairs, so grounding and dense captioning (no --qba)")
-    splits = mimic_table(run, args.images, "split", "the official splits are not used", "split")
-    views = mimic_table(run, args.images, "metadata", "the official views and sizes are not used",
-                        "ViewPosition", "Columns", "Rows")
     if args.chexmask:
         with reading(args.chexmask):
             good = {row["dicom_id"] for row in csv_rows(args.chexmask, "dicom_id", DICE)
@@ -1189,11 +1098,10 @@ def prepare_mimic_cxr(args):
     else:
         run.lost.append("the quality filter of images (no --chexmask)")
     for split, path in texts.items():
-        with reading(path):
-            rows += mimic_rows(run, path, args.images, args.method, split, (splits, views, good))
+        rows += mimic_rows(run, path, split, views, good)
     rows = run.prepare_images(rows)
     if args.qba:
-        add_pairs(run, rows, *questions, rated)
+        add_pairs(run, rows, files, rated)
     run.finish(rows, MIMIC_PUBLISHED)
 
 
@@ -1207,8 +1115,8 @@ MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,
 def prepare_padchest_gr(args):
     """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs."""
     run, splits, rows = Conversion(args), {}, []
-    names, take = members(args.images, ".png")
-    if not args.size and not Path(args.images).is_dir():
+    images = files_below(args.images, ".png")
+    if not args.size and not args.images.is_dir():
         raise InputError(f"{args.images}: --size 0 cannot keep originals inside a zip; unzip it "
                          "and give the folder, or give a --size")
     if not args.table:
@@ -1219,41 +1127,41 @@ def prepare_padchest_gr(args):
         pooled = "train" if split == "val" and not args.official_val else split
         splits[row["ImageID"]] = pooled, row["PatientID"]
     with reading(args.reports):
-        for entry in tqdm(json_items(args.reports), Path(args.reports).name, unit="item"):
+        for entry in json.loads(args.reports.read_bytes()):
             image = str(entry.get("ImageID"))
             study = str(entry.get("StudyID") or image)
             split, patient = splits.get(image, ("train", study))
             pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or [])
                      for f in entry.get("findings") or []]
             sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
-            row = {"study": study, "patient": patient or study, "split": split,
-                   "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
-                   "name": f"{Path(image).stem}.jpg", "source": names.get(image)}
-            if run.admit(row, "not in table" if splits and image not in splits else
+            if run.admit("images", split, "not in table" if splits and image not in splits else
                          "no text" if not sentences else
-                         "no image" if image not in names else None):
-                rows.append(row)
-    run.finish(run.prepare_images(rows, take), PADCHEST_PUBLISHED)
+                         "no image" if image not in images else None):
+                rows.append({"study": study, "patient": patient or study, "split": split,
+                             "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
+                             "name": f"{Path(image).stem}.jpg", "source": images[image]})
+    run.finish(run.prepare_images(rows), PADCHEST_PUBLISHED)
 
 
 def prepare_ms_cxr(args):
-    """MS-CXR -> a manifest: phrases and boxes, no reports. Its table has a line a box."""
+    """MS-CXR -> a manifest: phrases and boxes, no reports. Its table has a line per box."""
     run, rows, boxes = Conversion(args), {}, defaultdict(list)
-    splits = mimic_table(run, args.images, "split", "rows without a split are of test", "split")
+    splits = mimic_table(args.images, "split", "split")
     with reading(args.table):
         for line in csv_rows(args.table, "path", "category_name", "label_text", "image_width",
                              "image_height", *"xywh"):
             row = mimic_row(args.images, line["path"], args.table)
-            name, phrase = row["name"], one_line(line["label_text"])
             split = line.get("split") or splits.get(row["dicom"], ["test"])[0]
             row["split"] = official_split(split, args.table)
             row["scale"] = float(line["image_width"]), float(line["image_height"])
             x, y, w, h = (float(line[key]) for key in "xywh")
-            boxes[name, line["category_name"], phrase].append([x, y, x + w, y + h])
-            rows.setdefault(name, row)
+            key = row["name"], line["category_name"], one_line(line["label_text"])
+            boxes[key].append([x, y, x + w, y + h])
+            if row["name"] not in rows and run.admit("images", row["split"]):
+                rows[row["name"]] = row
     for (name, _, phrase), found in boxes.items():
         rows[name]["pairs"].append((phrase, found))
-    run.finish(run.prepare_images(list(filter(run.admit, rows.values()))), MS_CXR_PUBLISHED)
+    run.finish(run.prepare_images(rows.values()), MS_CXR_PUBLISHED)
 
 
 # ---- converters: the open COVID-19 image data collection (not in the paper) ----------------------
@@ -1262,47 +1170,51 @@ LUNGS = {1: "Right lung.", 2: "Left lung."}                    # by the annotati
 NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 
 
-def prepare_covid_cxr(args):
-    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
-    run, rows, found, lungs = Conversion(args), [], defaultdict(list), {}
-    annotations = args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json"
-    with open_text(annotations) as text:
-        coco = json.load(text)
+def lung_boxes(path):
+    """Annotations of lungs -> {image: (pairs, (w, h))}, pairs of a name of the lung and its box."""
+    found, lungs = defaultdict(list), {}
+    with reading(path):
+        coco = json.loads(path.read_bytes())
         for note in coco["annotations"]:
             if None not in note["bbox"]:                       # some are empty
                 x, y, w, h = note["bbox"]
                 found[note["image_id"]].append(([x, y, x + w, y + h], note.get("category_id")))
         for image in coco["images"]:
-            if boxes := found[image["id"]]:
-                # Of two boxes the patient's right lung is the one further left.
-                if len(boxes) == 2:
-                    boxes = zip(sorted(box for box, _ in boxes), LUNGS)
-                pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
+            boxes = found[image["id"]]
+            if len(boxes) == 2:                                # the right lung is further left
+                boxes = zip(sorted(box for box, _ in boxes), LUNGS)
+            pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
+            if pairs:
                 lungs[image["file_name"]] = pairs, (image["width"], image["height"])
-    for line in csv_rows(args.repo / "metadata.csv", "filename", "view", "license", ragged=True):
-        # Early releases have other capitals, spaces and fewer columns.
-        line = defaultdict(str, {str(key).strip().lower().replace(" ", "_"): one_line(value)
-                                 for key, value in line.items()})
-        name, report = line["filename"], line["clinical_notes"] or line["notes"]
+    return lungs
+
+
+def prepare_covid_cxr(args):
+    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
+    run, rows = Conversion(args), []
+    lungs = lung_boxes(args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json")
+    for line in csv_rows(args.repo / "metadata.csv", "patientid", "view", "modality", "folder",
+                         "filename", "url", "license", "clinical_notes", ragged=True):
+        line = {key: one_line(value) for key, value in line.items()}
+        name, report = line["filename"], line["clinical_notes"]
         patient, licence = line["patientid"] or name, line["license"] or "unstated"
         pairs, scale = lungs.get(name, ([], None))
-        row = {"study": f"{patient}-{zlib.crc32(report.encode()):08x}",        # a note, a study
-               "patient": patient, "report": report, "pairs": pairs, "scale": scale,
-               "split": "train" if zlib.crc32(patient.encode()) % 5 else "test",
-               "source": args.repo / (line["folder"] or "images") / name,
-               "name": name.removesuffix(".jpg") + ".jpg", "licence": (name, licence, line["url"])}
-        if run.admit(row, "not X-ray" if line["modality"].lower() not in ("", "x-ray") else
+        split = "train" if zlib.crc32(patient.encode()) % 5 else "test"
+        if run.admit("images", split, "not X-ray" if line["modality"] != "X-ray" else
                      "view" if line["view"] not in ("PA", "AP", "AP Supine", "APS") else
                      "licence" if NO_DERIVATIVES.search(licence) else
                      "no text" if not (report or pairs) else None):
-            rows.append(row)
+            rows.append({"study": f"{patient}-{zlib.crc32(report.encode()):08x}",  # one per note
+                         "patient": patient, "split": split, "report": report, "pairs": pairs,
+                         "scale": scale, "name": name.removesuffix(".jpg") + ".jpg",
+                         "source": args.repo / line["folder"] / name,
+                         "licence": (name, licence, line["url"])})
     rows = run.prepare_images(rows)
     run.finish(rows, {})
-    licences = io.StringIO(newline="")
-    csv.writer(licences).writerows([("image", "original_file", "licence", "source")] + [
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("image", "original_file", "licence", "source")] + [
         (row["image"], *row["licence"]) for row in rows])
-    write_file(args.out / "LICENSES.csv",
-               lambda draft: draft.write_bytes(licences.getvalue().encode()))
+    write_file(args.out / "LICENSES.csv", lambda draft: draft.write_bytes(text.getvalue().encode()))
 
 
 # ---- check ---------------------------------------------------------------------------------------
@@ -1357,15 +1269,17 @@ def check(data, png):
              "images that look the same as another row's": len(rows) - len(pictures)}
     for note in [f"{words}: {n:,}" for words, n in looks.items() if n] + manifest_notes(rows):
         print(f"note: {note}")
-    boxed, images = [row for row in rows if row["regions"]] or rows, []
+    boxed = [row for row in rows if row["regions"]] or rows
+    images = []
     for row in boxed[::max(1, len(boxed) // 8)][:8]:           # from all over the set
         images.append(load_image(path.parent / row["image"], 320).convert("RGB"))
         draw_boxes(images[-1], row["regions"])
     if images:
         write_file(png, lambda draft: tile(images, 4).save(draft, "PNG"))
         print(f"drew {png}: check that the boxes are where the phrases say")
-    print(f"{len(scanned) - len(rows)} problems in {len(scanned)} rows")
-    return len(scanned) - len(rows)
+    n_problems = len(scanned) - len(rows)
+    print(f"{n_problems} problems in {len(scanned)} rows")
+    return n_problems
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1380,67 +1294,61 @@ def parse_args():
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, words):
-        added = commands.add_parser(name, help=words, description=words)
-        if name in CONVERTERS:
-            add = added.add_argument_group("output").add_argument
-            add("--out", required=True, type=Path, metavar="DIR", help="folder for manifest.jsonl, "
-                "prepare.json (the counts) and images; an interrupted run continues in it")
-            add("--size", type=int, default=512, metavar="PX", help="short side of the JPEGs made, "
-                "none enlarged (default: %(default)s, Sec. 2.0.4); 0 keeps the originals in place")
-            add("--workers", type=int, default=min(8, os.cpu_count()), metavar="N",
-                help="processes that decode and parse (default: the CPUs, at most 8)")
-        return added.add_argument
+        return commands.add_parser(name, help=words, description=words).add_argument
+
+    def converter(name, words):
+        add = command(name, words + " -> a manifest")
+        add("--out", required=True, type=Path,
+            help="folder of the manifest, counts and images; run again to continue a stopped run")
+        add("--size", type=int, default=512, help="short side of the JPEGs in pixels, none is "
+            "enlarged (default: 512, Sec. 2.0.4); 0 keeps the originals in place")
+        add("--workers", type=int, default=min(8, os.cpu_count()),
+            help="threads that shrink images (default: the CPUs, at most 8)")
+        return add
 
     add = command("phantom", "draw chest X-rays with findings, reports and boxes")
-    add("out", help="folder to write; an existing one is not touched")
+    add("out", help="folder to write; must not exist")
     for split, n in PHANTOM_SIZES.items():
-        add(f"--{split}", type=int, default=n, metavar="N", help=f"of split {split} (default: {n})")
+        add(f"--{split}", type=int, default=n, help=f"images of {split} (default: {n})")
     add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
 
-    add = command("mimic-cxr", "images of MIMIC-CXR-JPG, texts of LLaVA-Rad, boxes of "
-                  "MIMIC-Ext-CXR-QBA -> a manifest")
-    mimic_root = "root of MIMIC-CXR-JPG: files/, and if there the split and metadata csv.gz"
-    add("--images", required=True, metavar="DIR", help=mimic_root)
-    add("--llava-rad", required=True, metavar="DIR",
-        help="folder of the LLaVA-Rad annotations: chat_{train,dev,test}_*.json")
-    add("--qba", metavar="DIR",
-        help="root of MIMIC-Ext-CXR-QBA, with exports/A_frontal (default: none, so no boxes)")
-    add("--chexmask", metavar="FILE", help="CheXmask's MIMIC-CXR-JPG.csv, or .gz: images below 0.7 "
-        "in Dice RCA (Mean) are dropped (default: none, so all are kept)")
-    add("--method", choices=METHODS, default=METHODS[0], help="which texts of LLaVA-Rad; a file "
-        "without them gives its others (default: %(default)s, an LLM's, Sec. 3.0.1)")
+    add = converter("mimic-cxr", "MIMIC-CXR-JPG, LLaVA-Rad's texts, MIMIC-Ext-CXR-QBA's boxes")
+    add("--images", required=True, type=Path, help="root of MIMIC-CXR-JPG")
+    add("--llava-rad", required=True, type=Path, help="folder of LLaVA-Rad's chat_*.json")
+    add("--qba", type=Path, help="root of MIMIC-Ext-CXR-QBA (default: none, so no boxes)")
+    add("--chexmask", type=Path, help="CheXmask's MIMIC-CXR-JPG.csv, or .gz, to drop images below "
+        "0.7 in Dice RCA (Mean) (default: none, so all are kept)")
+    add("--method", choices=METHODS, default="gpt4", help="which texts of LLaVA-Rad; a file "
+        "without them gives its others (default: gpt4, an LLM's, Sec. 3.0.1)")
     add("--rating", choices=RATINGS, default="A++",
-        help="least rating of a text-box pair's question (default: %(default)s, Sec. 3.0.1)")
-    add("--wbf-iou", type=float, default=0.1, metavar="IOU", help="boxes of a sentence that "
-        "overlap more are fused (default: %(default)s, not stated in the paper)")
+        help="lowest rating of a text-box pair's question (default: A++, Sec. 3.0.1)")
+    add("--wbf-iou", type=float, default=0.1, help="fuse boxes of a sentence that overlap by more "
+        "(default: 0.1, not stated in the paper)")
 
-    add = command("padchest-gr", "images, sentences and boxes of PadChest-GR -> a manifest")
-    add("--images", required=True, metavar="DIR_OR_ZIP",
-        help="the 16-bit PNGs, in a folder (of any depth) or a zip")
-    add("--reports", required=True, metavar="JSON", help="grounded_reports_20240819.json")
-    add("--table", metavar="CSV", help="master_table.csv, or .csv.zip: splits and patients "
-        "(default: none, so all rows are of train)")
+    add = converter("padchest-gr", "PadChest-GR: images, sentences and boxes")
+    add("--images", required=True, type=Path, help="folder or zip of the 16-bit PNGs")
+    add("--reports", required=True, type=Path, help="grounded_reports_*.json")
+    add("--table", type=Path, help="master_table.csv, or .csv.zip: splits and patients (default: "
+        "none, so all rows are of train)")
     add("--official-val", action="store_true", help="keep the validation split as val (default: "
-        "train, as the paper's pool is train and validation, Sec. 3.0.1)")
+        "it is part of train, as in the paper's pool, Sec. 3.0.1)")
 
-    add = command("ms-cxr", "images of MIMIC-CXR-JPG, phrases and boxes of MS-CXR -> a manifest")
-    add("--images", required=True, metavar="DIR", help=mimic_root)
-    add("--table", required=True, metavar="CSV",
-        help="MS_CXR_Local_Alignment_v*.csv; rows without a split there have MIMIC's")
+    add = converter("ms-cxr", "MS-CXR: phrases and boxes on images of MIMIC-CXR-JPG")
+    add("--images", required=True, type=Path, help="root of MIMIC-CXR-JPG")
+    add("--table", required=True, type=Path,
+        help="MS_CXR_Local_Alignment_v*.csv; a row without a split has MIMIC-CXR's")
 
-    add = command("covid-cxr", "X-rays, clinical notes and lung boxes of the open COVID-19 image "
-                  "data collection -> a manifest")
-    add("--repo", required=True, type=Path, metavar="DIR",
-        help="a clone of https://github.com/ieee8023/covid-chestxray-dataset")
+    add = converter("covid-cxr", "the open COVID-19 image data collection: notes and lung boxes")
+    add("--repo", required=True, type=Path, help="clone of ieee8023/covid-chestxray-dataset")
 
     add = command("check", "read every row and image, count, draw eight rows with boxes")
     add("data", help="folder with manifest.jsonl, or that file")
-    add("--png", default="runs/check.png", help="where to draw (default: %(default)s)")
+    add("--png", default="runs/check.png", help="where to draw (default: runs/check.png)")
     return parser.parse_args()
 
 
-def main(args=None):
-    args = args or parse_args()
+def main():
+    args = parse_args()
     if args.command == "check":
         sys.exit(1 if check(args.data, args.png) else 0)
     if args.command in CONVERTERS:

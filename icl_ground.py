@@ -6,10 +6,10 @@
     python icl_ground.py --data DIR --lvlm lofi                    # Table 4; or nearest, or prior
     python icl_ground.py --data DIR --lvlm google/gemma-3-270m     # blind: reads, never sees
 
-The pool images most like the query image, by the cosine of E_I, become demonstrations: turns of
-image, sentence and boxes before the query. You will see, for one image, JSON on stdout and an
-overlay PNG, predictions solid, ground truth dashed where known; for a set, the columns of Table 2
-beside the phrase prior. Needs a run of train.py, or another encoder, and for MedGemma its weights.
+The pool images most similar to the query image, by the cosine of E_I, become demonstrations: turns
+of image, phrase and boxes before the query. For one image you will see JSON on stdout and an
+overlay PNG, predictions solid, ground truth dashed; for a set, the columns of Table 2 next to the
+phrase prior. Needs a run of train.py or another encoder, and for MedGemma its weights.
 
 LoFi is never taught that a finding is not there: it answers almost any phrase with boxes. The score
 of an answer (the geometric mean probability of its tokens) is a hint, not a test.
@@ -38,46 +38,43 @@ def parse_args():
     add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file: the set, and the "
         "pool of demonstrations (default: what --checkpoint was trained on)")
     add("--split", choices=["train", "val", "test"], default="test", help="(default: %(default)s)")
-    add("--out", metavar="FILE", help="of an image: the overlay (default: runs/IMAGE_grounded.png);"
-        " of a set: the predictions, where a stopped run goes on (default: runs/DATA_SPLIT_LVLM"
-        ".jsonl); several encoders or k: a file each, named by them")
+    add("--out", metavar="FILE", help="overlay of an image (default: runs/IMAGE_grounded.png), or "
+        "predictions of a set, one file for each encoder and k; a stopped run continues there "
+        "(default: runs/DATA_SPLIT_LVLM.jsonl, with --blind runs/DATA_SPLIT_LVLM_blind.jsonl)")
     add("--json", metavar="PATH", help="also write a set's scores there, as fractions")
 
     add = parser.add_argument_group("demonstrations").add_argument
-    add("--checkpoint", default="runs/phantom", metavar="RUN", help="run folder of train.py: E_I, "
-        "E_T and LoFi's decoder; or a SigLIP-family id or folder (default: %(default)s)")
-    add("--encoders", nargs="+", metavar="RUN", help="several of these to retrieve with, in turn: "
-        "a row of Table 2 each (default: --checkpoint)")
-    add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations a query; Table "
-        "2: 20 40; 0: none, MedGemma's row of Table 3 (default: 40, the paper's best)")
-    add("--pool", metavar="PATH", help="another manifest for the demonstrations; they are always "
-        "of its train and val splits (default: --data)")
+    add("--checkpoint", default="runs/phantom", metavar="RUN", help="run folder of train.py, or a "
+        "SigLIP-family id or folder (default: %(default)s)")
+    add("--encoders", nargs="+", metavar="RUN", help="retrieve with each of these instead")
+    add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations per query; "
+        "Table 2: 20 40; MedGemma's row of Table 3: 0 (default: 40, the paper's best)")
+    add("--pool", metavar="PATH", help="another manifest for the demonstrations, which are taken "
+        "from its train and val splits (default: --data)")
     add("--order", choices=["similar-last", "similar-first"], default="similar-last",
-        help="of the demonstrations; not stated in the paper (default: %(default)s)")
+        help="order of the demonstrations; not stated in the paper (default: %(default)s)")
 
     add = parser.add_argument_group("grounder").add_argument
-    add("--lvlm", metavar="NAME", help="a Gemma 3 id or folder; a text model is blind, it reads "
-        "the demonstrations and never sees an image. Or lofi: LoFi's own decoder (Table 4); "
-        "nearest: the boxes of the demonstration whose phrase is closest by E_T; prior: the "
-        f"phrase's median training box (default: {MEDGEMMA}, which is gated; lofi if --checkpoint "
-        "is a run of the tiny preset)")
-    add("--blind", action="store_true", help="leave all images out of the prompt: how much do the "
-        "demonstrations' texts and boxes carry alone? Not in the paper")
+    add("--lvlm", metavar="NAME", help="Gemma 3 id or folder (a text model is blind); lofi: LoFi's "
+        "own decoder (Table 4); nearest: the boxes of the demonstration whose phrase is closest by "
+        "E_T; prior: the phrase's median training box (default: lofi if --checkpoint is a run of "
+        f"the tiny preset, else {MEDGEMMA}, which is gated)")
+    add("--blind", action="store_true", help="leave all images out of the prompt, to measure what "
+        "the demonstrations' text and boxes carry; not in the paper")
     add("--max-new-tokens", type=int, default=512, metavar="N",
-        help="of a reply; not stated in the paper (default: %(default)s)")
-    add("--show-prompt", action="store_true", help="print the prompt (of a set, the first) before "
-        "the answer; image tokens are counted, not repeated")
+        help="maximum tokens in a reply; not stated in the paper (default: %(default)s)")
+    add("--show-prompt", action="store_true", help="print the (first) prompt before the answer")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of the LVLM; auto: bf16, or fp32 on a CPU (default: auto)")
-    add("--plain", action="store_true", help="one processor call and one generate a phrase, as the "
-        "method is defined: the same answers, slower")
+        help="of the LVLM; auto is bf16, or fp32 on a CPU (default: auto)")
+    add("--plain", action="store_true", help="one processor call and one generate per phrase, as "
+        "the method is defined: the same answers, slower")
     add("--batch-size", type=int, default=16, metavar="N",
-        help="phrases of an image that decode at once (default: %(default)s)")
+        help="phrases of an image decoded at once (default: %(default)s)")
     add("--feature-cache-gb", type=float, default=8, metavar="GB", help="CPU memory for image "
-        "features, 1.3 MB an image for MedGemma in bf16; 0: keep none (default: %(default)s)")
+        "features, 1.3 MB per image for MedGemma in bf16; 0: no cache (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -93,7 +90,7 @@ import re
 import shlex
 import textwrap
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import torch
@@ -101,7 +98,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoTokenizer, DynamicCache, Gemma3ForCausalLM,
-                          Gemma3ForConditionalGeneration, Gemma3Processor, StoppingCriteriaList)
+                          Gemma3ForConditionalGeneration, Gemma3Processor, StopStringCriteria)
 from transformers import logging as transformers_logging
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -148,21 +145,21 @@ def turns(path, phrase, demonstrations, order="similar-last", blind=False):
               itertools.groupby(demonstrations, key=lambda triplet: triplet["path"])]
     if order == "similar-last":
         groups.reverse()
-    messages, shown = [], None
-    for triplet in [*itertools.chain(*groups), {"path": path, "phrase": phrase}]:
-        # "<eos>" or an image token written in a phrase must stay plain text
-        asked = re.sub(r"<(?=\w+>)", "< ", triplet["phrase"])
-        text = QUERY.format(phrase=asked)
-        content = [{"type": "text", "text": text if messages else f"{INSTRUCTION}\n\n{text}"}]
-        if triplet["path"] != shown and not blind:
-            content.insert(0, {"type": "image", "image": triplet["path"]})
-            shown = triplet["path"]
-        messages.append({"role": "user", "content": content})
-        if "boxes" in triplet:
-            boxes = boxes_to_yxyx_1000(triplet["boxes"], image_shape(triplet["path"]))
-            answer = json.dumps([{"box_2d": box, "label": asked} for box in boxes],
-                                ensure_ascii=False)
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    messages = []
+    for group in [*groups, [{"path": path, "phrase": phrase}]]:
+        for triplet in group:
+            # "<eos>" or an image token written in a phrase must stay plain text
+            asked = re.sub(r"<(?=\w+>)", "< ", triplet["phrase"])
+            text = QUERY.format(phrase=asked)
+            content = [{"type": "text", "text": text if messages else f"{INSTRUCTION}\n\n{text}"}]
+            if triplet is group[0] and not blind:
+                content.insert(0, {"type": "image", "image": triplet["path"]})
+            messages.append({"role": "user", "content": content})
+            if "boxes" in triplet:
+                boxes = boxes_to_yxyx_1000(triplet["boxes"], image_shape(triplet["path"]))
+                text = json.dumps([{"box_2d": box, "label": asked} for box in boxes],
+                                  ensure_ascii=False)
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
     return messages
 
 
@@ -218,7 +215,7 @@ def boxes_to_yxyx_1000(boxes, size):
 
 
 def boxes_from_yxyx_1000(boxes_yxyx_1000, size):
-    """The inverse, clipped to the image; a box that lies in the padding alone is dropped."""
+    """The inverse, clipped to the image; a box that lies in the padding is dropped."""
     side, *offset = centred_square(size)
     corners = np.reshape(boxes_yxyx_1000, (-1, 4))[:, [1, 0, 3, 2]] * side / 1000  # (n, 4), pixels
     boxes = ((corners - offset * 2) / (size * 2)).clip(0, 1).round(6).tolist()
@@ -230,25 +227,21 @@ def boxes_from_yxyx_1000(boxes_yxyx_1000, size):
 NUMBER = r"""\s*["']?([-+]?(?:\d+\.?\d*|\.\d+))["']?\s*"""
 FOUR_NUMBERS = re.compile(r"\[" + ",".join([NUMBER] * 4) + r"\]", re.ASCII)
 EMPTY_LIST = re.compile(r"\[\s*\]")
-# a list, its inner lists one deep, or objects in a row without one; either may be cut off
+# A list with inner lists one deep, or objects in a row outside a list; either may be cut off.
 LIST = r"\[[^][]*(?:\[[^][]*\][^][]*)*(?:\]|(?:\[[^][]*)?\Z)"
 OBJECTS = r"\{[^{}]*(?:\}[\s,]*\{[^{}]*)*(?:\}|\Z)"
 THOUGHT = re.compile(r"<unused94>.*?(?:<unused95>|\Z)|\A.*<unused95>", re.DOTALL)
 
 
-def box_lists(reply):
-    """The parts of a reply that are lists of boxes, or empty lists, its thinking trace dropped."""
-    return [part for part in re.findall(f"{LIST}|{OBJECTS}", THOUGHT.sub("", reply))
-            if "box_2d" in part or FOUR_NUMBERS.search(part) or EMPTY_LIST.fullmatch(part)]
-
-
 def parse_boxes(reply):
     """A reply -> (boxes_yxyx_1000, malformed). Never raises; an unreadable reply gives ([], True).
 
-    The last JSON list counts. Decimals, swapped corners, single quotes and a cut-off end are read;
-    values are clipped to [0, 1000]; boxes without area, repeated ones and those of the
-    instruction's example, which a base model may repeat, are dropped."""
-    answer, boxes = ["", *box_lists(reply)][-1], []
+    Its last JSON list counts, its thinking trace does not. Decimals, swapped corners, single quotes
+    and a cut-off end are read; values are clipped to [0, 1000]; boxes without area, repeated ones
+    and those of the instruction's example, which a base model may copy, are dropped."""
+    lists = [part for part in re.findall(f"{LIST}|{OBJECTS}", THOUGHT.sub("", reply))
+             if "box_2d" in part or FOUR_NUMBERS.search(part) or EMPTY_LIST.fullmatch(part)]
+    answer, boxes = lists[-1] if lists else "", []
     says_none = EMPTY_LIST.fullmatch(answer)
     for copied in EXAMPLE:
         answer = answer.replace(copied, "")
@@ -260,38 +253,23 @@ def parse_boxes(reply):
     return boxes, not (boxes or says_none)
 
 
-def list_has_closed(reply):
-    """Whether a list of boxes in a reply is complete."""
-    return any(part.startswith("[") and part.count("[") == part.count("]")
-               for part in box_lists(reply))
-
-
 # ---- demonstrations -----------------------------------------------------------------------------
 
 def with_boxes(rows):
-    """Rows that have a phrase with boxes, with those phrases alone (Sec. 3.0.1: non-empty)."""
+    """The rows that have a phrase with boxes, reduced to those phrases (Sec. 3.0.1: non-empty)."""
     boxed = [{**row, "regions": [region for region in row["regions"] if region["boxes"]]}
              for row in rows]
     return [row for row in boxed if row["regions"]]
 
 
-def count_phrases(rows):
-    """Phrases of manifest rows."""
-    return sum(len(row["regions"]) for row in rows)
-
-
 def leave_one_out(queries, rows):
     """For each query the indices of rows that hold its own image, by its bytes, or its patient."""
-    of_patient, of_size = defaultdict(set), defaultdict(set)
-    for i, row in enumerate(rows):
-        of_patient[row["patient"]].add(i)
-        of_size[os.path.getsize(row["path"])].add(i)
+    sizes = [os.path.getsize(row["path"]) for row in rows]
     own = []
     for query in queries:
-        content = Path(query["path"]).read_bytes()
-        same = {i for i in of_size.get(len(content), ())
-                if Path(rows[i]["path"]).read_bytes() == content}
-        own.append(same | of_patient.get(query["patient"], set()))
+        image = Path(query["path"]).read_bytes()
+        own.append({i for i, row in enumerate(rows) if row["patient"] == query["patient"]
+                    or sizes[i] == len(image) and Path(row["path"]).read_bytes() == image})
     return own
 
 
@@ -302,27 +280,24 @@ def top_triplets(queries, query_emb, rows, image_emb, k):
     query_emb: (Q, D), image_emb: (N, D), unit length. -> Q lists of triplets, Q sets of indices."""
     own, found = leave_one_out(queries, rows), []
     n = min(len(rows), k + max(map(len, own)))                 # an image has a triplet or more
-    similarity, index = retrieve.top_k(query_emb, image_emb, n)                    # (Q, n)
-    for best, cosines, left_out in zip(index.tolist(), similarity.tolist(), own):
-        found.append([{"image": rows[i]["image"], "path": rows[i]["path"], **region,
-                       "similarity": cosine}
-                      for i, cosine in zip(best, cosines) if i not in left_out
-                      for region in rows[i]["regions"]][:k])
+    _, index = retrieve.top_k(query_emb, image_emb, n)                             # (Q, n)
+    for best, left_out in zip(index.tolist(), own):
+        found.append([{"image": rows[i]["image"], "path": rows[i]["path"], **region}
+                      for i in best if i not in left_out for region in rows[i]["regions"]][:k])
     return found, own
 
 
 def find_demonstrations(encoder, queries, query_emb, source, k):
-    """k triplets of each query from train and val of the pool, a manifest; says what was left out.
-    """
+    """k triplets of each query from train and val of a manifest; print what was left out."""
     rows = with_boxes(row for row in data.read_manifest(source) if row["split"] != "test")
     if not rows:
         raise InputError(f"{source}: no phrase with boxes in its splits train and val, to take "
                          "demonstrations from; name another manifest with --pool")
     image_emb = retrieve.image_embeddings(encoder, source, rows)
     found, own = top_triplets(queries, query_emb, rows, image_emb, k)
-    say(f"pool of {encoder.source}: {len(rows):,} images with {count_phrases(rows):,} triplets of "
-        f"{source}, train and val; leave-one-out: {sum(map(bool, own)):,} of {len(queries):,} "
-        f"query images were kept from {sum(map(len, own)):,} pool images of their patients")
+    say(f"pool of {encoder.source}: {len(rows):,} images of {source}, train and val; "
+        f"leave-one-out: {sum(map(bool, own)):,} of {len(queries):,} query images were kept from "
+        f"{sum(map(len, own)):,} pool images of their patients")
     if (fewest := min(map(len, found))) < k:
         say(f"note: --k {k}, but the pool has only {fewest} triplets for an image")
     return found
@@ -330,40 +305,26 @@ def find_demonstrations(encoder, queries, query_emb, source, k):
 
 # ---- b = LVLM(I, s | C) (Sec. 2.0.2): a Gemma 3, greedy -----------------------------------------
 
-def load_lvlm(source, device, dtype, hint):
-    """A Gemma 3 id or folder -> (model, processor); of a text model, (model, tokenizer).
-    hint: what works without it. Raises InputError."""
-    is_text = load_pretrained(AutoConfig, source, hint).model_type == "gemma3_text"
-    processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, source, hint)
-    cls = Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration
-    model = load_pretrained(cls, source, hint, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device).eval(), processor
-
-
 class InContext:
-    """A grounder: b = LVLM(I, s | C), by `plain`, or by `fast`, whose replies are the same.
+    """A grounder: b = LVLM(I, s | C), by `plain` or by `fast`, which give the same replies.
 
     blind: the images are left out, as for a text model. feature_cache_gb: CPU memory for the
-    features of pool images, each of which passes the vision tower once while it lasts."""
+    features of pool images, so that an image passes the vision tower once while they are kept."""
 
     def __init__(self, model, processor, order="similar-last", blind=False, plainly=False,
                  max_new_tokens=512, batch_size=16, feature_cache_gb=8.0):
         self.model, self.processor, self.order, self.plainly = model, processor, order, plainly
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.tokenizer = getattr(processor, "tokenizer", processor)    # a text model has only this
         self.blind = blind or self.tokenizer is processor
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.is_base = not processor.chat_template
-        if self.is_base:
-            processor.chat_template = CHAT_TEMPLATE
-        if self.blind:
-            return
-        config, image_token = model.config, self.tokenizer.image_token_id
-        if config.image_token_id != image_token:
-            raise InputError(f"the model's image token is {config.image_token_id}, its tokenizer's "
-                             f"{image_token}: they do not belong together")
-        n_bytes = config.mm_tokens_per_image * config.text_config.hidden_size * model.dtype.itemsize
-        self.image_features = functools.lru_cache(int(feature_cache_gb * 1e9 / n_bytes))(
-            self.encode)
+        self.stops = []
+        if not processor.chat_template:                        # a base model knows no end of turn:
+            processor.chat_template = CHAT_TEMPLATE            # its reply ends with its first list
+            self.stops = [StopStringCriteria(self.tokenizer, ["}]", "]]", "[]"])]
+        if not self.blind:
+            n_values = model.config.mm_tokens_per_image * model.config.text_config.hidden_size
+            n_images = int(feature_cache_gb * 1e9 / (n_values * model.dtype.itemsize))
+            self.image_features = functools.lru_cache(n_images)(self.encode)
 
     def chat(self, path, phrase, demonstrations):
         """The prompt as chat messages; a phrase of hundreds of words is cut."""
@@ -373,25 +334,19 @@ class InContext:
         return turns(path, cut(phrase), demonstrations, self.order, self.blind)
 
     def generate(self, input_ids, **inputs):
-        """Greedy decoding by transformers -> ids of the replies (n, new), padding behind their end.
-        A base model knows no end of turn: its reply ends where its first list of boxes closes."""
-        start = input_ids.shape[1]
-
-        def closed(ids, scores, **_):
-            replies = self.tokenizer.batch_decode(ids[:, start:])
-            return torch.tensor([list_has_closed(reply) for reply in replies], device=ids.device)
+        """Greedy decoding by transformers -> ids of the replies (n, new), padded on the right."""
         ids = self.model.generate(
             input_ids=input_ids, **inputs, do_sample=False, top_k=None, top_p=None,
             max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([closed] if self.is_base else []))
-        return ids[:, start:]
+            stopping_criteria=self.stops)
+        return ids[:, input_ids.shape[1]:]
 
     @torch.inference_mode()
     def plain(self, path, phrase, demonstrations):
-        """The definition: the chat with its images through the processor, one `generate` a phrase.
+        """The definition: the chat with its images through the processor, then one `generate`.
         -> ids of the reply"""
         chat = self.chat(path, phrase, demonstrations)
-        for item in (item for message in chat for item in message["content"]):
+        for item in itertools.chain(*(message["content"] for message in chat)):
             if item["type"] == "image":
                 item["image"] = pad_to_square(data.load_image(item["image"]))
         inputs = self.processor.apply_chat_template(
@@ -409,9 +364,8 @@ class InContext:
         # The longest common prefix of whole prompts, so nothing depends on how the tokenizer merges
         # a phrase with what precedes it; at least one token is left to predict from.
         start = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        images = images_of(chats[0])
-        features = images and torch.cat([self.image_features(image) for image in images]).to(
-            self.model.device)                                 # (image tokens, H)
+        features = [self.image_features(image) for image in images_of(chats[0])]
+        features = features and torch.cat(features).to(self.model.device)  # (image tokens, H)
         prefix, ids = DynamicCache(), torch.tensor([prompts[0][:start]], device=self.model.device)
         self.model(input_ids=ids, past_key_values=prefix, use_cache=True, logits_to_keep=1,
                    **self.vision_inputs(ids, 0, features))
@@ -421,9 +375,10 @@ class InContext:
     def decode(self, prefix, start, prompts, features):
         """Continue the cache of a prefix of `start` tokens with n prompts -> n lists of ids.
 
-        The prompts are padded on the left, so that they end together and places in the cache differ
-        as places in the prompt do: the sliding window counts them. So each row takes the prefix
-        moved right by its padding, and computes the prefix's last tokens again."""
+        A batch predicts from the last place, so shorter prompts are padded on the left. The sliding
+        window counts places in the cache, so the prefix must directly precede the rest of its
+        prompt: its copy for a row moves right by the row's padding. The prefix's last tokens, as
+        many as there are padding tokens, no longer fit before `start` and are computed again."""
         pad, length = self.tokenizer.pad_token_id, max(map(len, prompts))
         shifts = [length - len(prompt) for prompt in prompts]
         ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(shifts, prompts)],
@@ -432,6 +387,7 @@ class InContext:
         mask = place >= torch.tensor(shifts, device=ids.device)[:, None]           # (n, length)
         cache = DynamicCache(config=self.model.config.get_text_config())
         for i, layer in enumerate(prefix.layers):              # (1, heads, start, width) each
+            # what roll() carries round to the front lies under the padding, which is masked
             keys, values = (torch.cat([x.roll(n, dims=2) for n in shifts])
                             for x in (layer.keys, layer.values))
             cache.update(keys, values, i)                      # sliding layers keep their window
@@ -474,87 +430,93 @@ class InContext:
             for region, reply in zip(row["regions"], replies):
                 in_square, malformed = parse_boxes(reply)
                 boxes = boxes_from_yxyx_1000(in_square, image_shape(row["path"]))
-                if in_square and not boxes:                    # all boxes lie in the padding
-                    malformed = True
+                if in_square and not boxes:
+                    malformed = True                           # all boxes lie in the padding
                 predictions.append(prediction(row, region, boxes, malformed, reply))
         return predictions
+
+
+def load_lvlm(source, device, args):
+    """A Gemma 3 id or folder -> InContext. Raises InputError."""
+    in_fp32 = args.precision == "fp32" or args.precision == "auto" and device.type == "cpu"
+    other = "lofi" if is_run(args.checkpoint) else "nearest"
+    hint = f"without it: python icl_ground.py {shlex.join([*sys.argv[1:], '--lvlm', other])}"
+    is_text = load_pretrained(AutoConfig, source, hint).model_type == "gemma3_text"
+    processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, source, hint)
+    cls = Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration
+    model = load_pretrained(cls, source, hint, attn_implementation="sdpa",
+                            dtype=torch.float32 if in_fp32 else torch.bfloat16)
+    return InContext(model.to(device).eval(), processor, args.order, args.blind, args.plain,
+                     args.max_new_tokens, args.batch_size, args.feature_cache_gb)
 
 
 # ---- other grounders ----------------------------------------------------------------------------
 # A grounder is a function: rows of the manifest, the triplets of each -> rows of predictions.
 
-def chunks(items, n):
-    """A list in pieces of n, the last one shorter."""
-    return [items[i:i + n] for i in range(0, len(items), n)]
-
-
-def prediction(row, region, boxes, malformed, raw, score=None):
+def prediction(row, region, boxes, malformed, raw, **more):
     """A row of the predictions file."""
     return {"image": row["image"], "phrase": region["phrase"], "boxes": region["boxes"],
-            "pred": boxes, "raw": raw, "malformed": malformed,
-            **({} if score is None else {"score": score})}
+            "pred": boxes, "raw": raw, "malformed": malformed, **more}
 
 
 IMAGES_AT_ONCE, PHRASES_AT_ONCE = 64, 128
 
 
 @torch.no_grad()
-def lofi_answers(model, rows):
+def lofi_answers(model, rows, found=None):
     """LoFi's own decoder (Table 4) on up to 64 images: one vision pass, phrases in batches."""
     _, patches = model.encode_image([row["path"] for row in rows], with_patches=True)
     visual = model.visual_tokens(patches)                                          # (B, V, H)
     queries = [(i, region) for i, row in enumerate(rows) for region in row["regions"]]
     predictions = []
-    for some in chunks(queries, PHRASES_AT_ONCE):
-        prompts = [data.GROUNDING_PROMPT.format(phrase=region["phrase"]) for _, region in some]
-        replies, scores = model.generate(visual[[i for i, _ in some]], prompts,
+    for start in range(0, len(queries), PHRASES_AT_ONCE):
+        batch = queries[start:start + PHRASES_AT_ONCE]
+        prompts = [data.GROUNDING_PROMPT.format(phrase=region["phrase"]) for _, region in batch]
+        replies, scores = model.generate(visual[[i for i, _ in batch]], prompts,
                                          model.config.answer_tokens, with_scores=True)
-        for (i, region), reply, score in zip(some, replies, scores):
+        for (i, region), reply, score in zip(batch, replies, scores):
             boxes, malformed = data.text_to_boxes(reply)
-            predictions.append(prediction(rows[i], region, boxes, malformed, reply, score))
+            predictions.append(prediction(rows[i], region, boxes, malformed, reply,
+                                          score=score))
     return predictions
 
 
 def lofi_predictions(model, rows):
     """LoFi's grounding of a set (Table 4): of manifest rows, the phrases that have boxes."""
-    batches = chunks(with_boxes(rows), IMAGES_AT_ONCE)
-    bar = tqdm(batches, "ground", unit="batch", disable=rank_and_world()[0] > 0)
-    return [answer for batch in bar for answer in lofi_answers(model, batch)]
+    rows = with_boxes(rows)
+    starts = tqdm(range(0, len(rows), IMAGES_AT_ONCE), "ground", unit="batch")
+    return [answer for i in starts for answer in lofi_answers(model, rows[i:i + IMAGES_AT_ONCE])]
 
 
-def nearest_grounder(encoder):
-    """Of the demonstrations, the boxes of the one whose phrase is closest by E_T, ties to the more
-    similar image. Not in the paper: a floor under what the LVLM makes of its demonstrations."""
-    embeddings = {}                                            # {phrase: (D,)}
-
-    def answer(row, region, demonstrations):
-        if not demonstrations:
+def nearest_answers(encoder, rows, found):
+    """Of the demonstrations, the boxes of the one whose phrase is closest by E_T, the first of
+    equals. Not in the paper: a baseline for what the LVLM makes of its demonstrations."""
+    phrases = sorted({item["phrase"] for row, triplets in zip(rows, found)
+                      for item in [*row["regions"], *triplets]})
+    embeddings = dict(zip(phrases, retrieve.text_embeddings(encoder, phrases)))    # (D,) each
+    predictions = []
+    for row, triplets in zip(rows, found):
+        if not triplets:
             raise InputError(f"{row['image']}: the pool has no demonstration of another patient; "
                              "give a larger --pool")
-        phrases = [region["phrase"], *(triplet["phrase"] for triplet in demonstrations)]
-        if new := sorted(set(phrases) - embeddings.keys()):
-            embeddings.update(zip(new, retrieve.text_embeddings(encoder, new)))
-        # one product a phrase, so that equal phrases tie exactly; max takes the first
-        best = max(demonstrations, key=lambda triplet: float(
-            embeddings[region["phrase"]] @ embeddings[triplet["phrase"]]))
-        return prediction(row, region, best["boxes"], False, f"{best['image']}: {best['phrase']}")
-    return lambda rows, found: [answer(row, region, demonstrations)
-                                for row, demonstrations in zip(rows, found)
-                                for region in row["regions"]]
+        for region in row["regions"]:
+            # one product per phrase, so that equal phrases tie exactly
+            best = max(triplets, key=lambda triplet: float(
+                embeddings[region["phrase"]] @ embeddings[triplet["phrase"]]))
+            source = f"{best['image']}: {best['phrase']}"
+            predictions.append(prediction(row, region, best["boxes"], False, source))
+    return predictions
 
 
-def prior_rows(predictions, training_rows):
-    """The phrase prior's answers to the queries of predictions; [] if no training row has a box."""
-    if not with_boxes(training_rows):
-        return []
-    prior = metrics.phrase_prior(training_rows)
-    return [{"image": row["image"], "phrase": row["phrase"], "boxes": row["boxes"],
-             "pred": prior(row["phrase"]), "malformed": False} for row in predictions]
+def prior_answers(prior, rows, found=None):
+    """The phrase prior's answers, blind to the image. prior: phrase -> boxes."""
+    return [prediction(row, region, prior(region["phrase"]), False, "")
+            for row in rows for region in row["regions"]]
 
 
 # ---- the picture of an answer -------------------------------------------------------------------
 
-GREEN = "#35e0c8"                                      # ground truth, where one phrase is drawn
+GREEN = "#35e0c8"                                      # ground truth
 
 
 def dashed(pen, x0, y0, x1, y1, colour, dash=12):
@@ -568,236 +530,184 @@ def dashed(pen, x0, y0, x1, y1, colour, dash=12):
 
 
 def outcome(answer):
-    """What an answer says beside its boxes, in a few words."""
-    words = ("reply could not be read, no box" if answer["malformed"] else
-             "predicted" if answer["pred"] else "no box predicted")
+    """What came of a query, in a few words."""
+    words = "predicted" if answer["pred"] else "no box predicted"
+    if answer["malformed"]:
+        words = "reply could not be read, no box"
     return words + (f", score {answer['score']:.2f}" if "score" in answer else "")
 
 
 def overlay(image, answers, longest=768):
-    """An image and its answers, rows of the predictions file: predictions solid, ground truth
-    dashed, as in Figs. 2 and 3 -> PIL "RGB". image: grey, any size.
-
-    The labels stand below the image, so none hides a finding or another label; with several
-    phrases each has its colour."""
+    """A grey image and its answers, rows of the predictions file -> PIL "RGB": predictions solid,
+    ground truth dashed, as in Figs. 2 and 3; each phrase in its colour, written below the image."""
     size = [max(1, round(n * longest / max(image.size))) for n in image.size]
-    picture, lines = image.resize(size).convert("RGB"), []         # lines: (text, colour)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
-    for answer, colour in zip(answers, itertools.cycle(data.COLOURS)):
-        of_words, of_truth = ("white", GREEN) if len(answers) == 1 else (colour, colour)
-        words = textwrap.wrap(answer["phrase"], max(12, size[0] // 11))
-        lines += [*((line, of_words) for line in words), (outcome(answer), colour)]
+    coloured, labels = list(zip(answers, itertools.cycle(data.COLOURS))), []
+    for answer, colour in coloured:
+        text = f"{answer['phrase']} ({outcome(answer)})"
+        labels += [(line, colour) for line in textwrap.wrap(text, max(12, size[0] // 11))]
+    if any(answer["boxes"] for answer in answers):
+        labels.append(("dashed: ground truth", GREEN))
+    sheet = Image.new("RGB", (size[0], size[1] + 26 * len(labels) + 12))
+    sheet.paste(image.resize(size))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    for n, (text, colour) in enumerate(labels):
+        pen.text((8, size[1] + 6 + 26 * n), text, colour, font)
+    for answer, colour in coloured:
         for box in answer["pred"]:
             pen.rectangle([v * (n - 1) for v, n in zip(box, size * 2)], outline=colour, width=4)
         for box in answer["boxes"]:
-            dashed(pen, *(v * (n - 1) for v, n in zip(box, size * 2)), of_truth)
-        if answer["boxes"]:
-            lines.append(("ground truth (dashed)", of_truth))
-    sheet = Image.new("RGB", (size[0], size[1] + 26 * len(lines) + 12))
-    sheet.paste(picture, (0, 0))
-    pen = ImageDraw.Draw(sheet)
-    for n, (text, colour) in enumerate(lines):
-        pen.text((8, size[1] + 6 + 26 * n), text, colour, font)
+            dashed(pen, *(v * (n - 1) for v, n in zip(box, size * 2)), GREEN)
     return sheet
-
-
-# ---- one image ----------------------------------------------------------------------------------
-
-def find_query(image, phrase, rows):
-    """A manifest row that asks one phrase of an image, with the boxes that the manifest's rows have
-    for it. A file that they do not know has no patient."""
-    row = data.find_row(rows, image) or {"patient": None, "regions": []}
-    truth = [box for region in row["regions"] if region["phrase"] == phrase
-             for box in region["boxes"]]
-    return {**row, "image": image, "path": image, "regions": [{"phrase": phrase, "boxes": truth}]}
-
-
-def ground_image(ground, query, demonstrations, out):
-    """Ground the one phrase of a query and write the overlay -> the answer, for JSON."""
-    [answer] = ground([query], [demonstrations])
-    if not answer["pred"]:
-        print(f"icl_ground.py: {outcome(answer)}, for {answer['phrase']!r:.100} on "
-              f"{query['path']}", file=sys.stderr)
-    image = data.load_image(query["path"])
-    sheet = overlay(image, [answer])
-    metrics.write_file(out, lambda draft: sheet.save(draft, "PNG"))
-    pixels = [[round(v * n) for v, n in zip(box, image.size * 2)] for box in answer["pred"]]
-    return {"image": answer["image"], "phrase": answer["phrase"], "boxes": answer["pred"],
-            "pixels": pixels, **({"ground_truth": answer["boxes"]} if answer["boxes"] else {}),
-            **({"score": answer["score"]} if "score" in answer else {}),
-            "malformed": answer["malformed"], "raw": answer["raw"]}
 
 
 # ---- a set --------------------------------------------------------------------------------------
 
-def check_settings(out, settings):
-    """Keep the settings beside a predictions file. Raises InputError if its rows have others."""
-    beside = out.with_suffix(".settings.json")
-    if out.stat().st_size and beside.exists():
-        try:
-            before = dict(json.loads(beside.read_bytes()))
-        except (ValueError, TypeError):
-            raise InputError(f"{beside}: damaged; delete it and {out}, or choose another --out")
-        if other := {key: before.get(key) for key in settings if before.get(key) != settings[key]}:
-            now = {key: settings[key] for key in other}
-            raise InputError(f"{out}: was made with {other}, now {now}; repeat the same flags, or "
-                             "choose another --out")
-    metrics.write_json(beside, settings)
+def read_answered(out, asked, settings):
+    """Prepare a predictions file to continue -> Counter of the (image, phrase) that it answers.
 
-
-def read_answers(out, asked):
-    """Rows of a predictions file. Raises InputError if it has what was not asked, or has it twice.
-    """
-    if dist.is_initialized():
-        dist.barrier()                                         # until all have written
+    A last line that was half written is dropped. The settings are kept in a file next to it.
+    Raises InputError if its rows have other settings, were not asked for, or are there twice."""
+    kept, now = out.with_suffix(".settings.json"), json.dumps(settings, indent=2)
+    before = kept.read_text(errors="replace") if out.stat().st_size and kept.exists() else now
+    old, new = ({line.strip(" ,") for line in text.splitlines()} for text in (before, now))
+    if old != new:
+        raise InputError(f"{out}: was made with {', '.join(sorted(old - new))}, now "
+                         f"{', '.join(sorted(new - old))}; repeat the same flags, or choose "
+                         "another --out")
+    metrics.write_json(kept, settings)
+    os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
     predictions = metrics.read_predictions(out) if out.stat().st_size else []
-    if dist.is_initialized():
-        dist.barrier()                                         # until all have read
     answered = Counter((row["image"], row["phrase"]) for row in predictions)
-    if extra := answered - Counter(asked):
-        (image, phrase), _ = extra.most_common(1)[0]
+    if extra := answered - asked:
+        [((image, phrase), _)] = extra.most_common(1)
         raise InputError(f"{out}: {extra.total():,} of its rows were not asked for, or are there "
                          f"twice ({phrase!r:.60} on {image}); choose another --out")
-    return predictions, answered
+    return answered
 
 
-def ground_rows(rows, ground, found, out, settings):
+def gather(value):
+    """A value of each process -> the list of them, by rank."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def ground_set(rows, ground, found, out, settings):
     """Ground each phrase of each row, appending to a predictions file what it does not have yet.
 
-    found: the triplets of each row. Under torchrun each rank takes its share of the images; rank 0
-    holds the file's lock. -> the rows of the file: the queries, once each. Raises InputError."""
-    rank, n_ranks = rank_and_world()
-    asked = [(row["image"], region["phrase"]) for row in rows for region in row["regions"]]
+    found: the triplets of each row. Under torchrun the processes share the images in rounds, and
+    only rank 0 reads and writes the file. -> what --json holds, on rank 0. Raises InputError."""
+    began, (rank, world) = time.time(), rank_and_world()
+    asked = Counter((row["image"], region["phrase"]) for row in rows for region in row["regions"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    with metrics.lock(out) if rank == 0 else contextlib.nullcontext():
-        if rank == 0:
-            check_settings(out, settings)
-            os.truncate(out, out.read_bytes().rfind(b"\n") + 1)   # a line that was half written
-        _, answered = read_answers(out, asked)
+    with metrics.lock(out) if rank == 0 else contextlib.nullcontext() as file:
+        answered = gather(read_answered(out, asked, settings) if rank == 0 else None)[0]
         if answered:
             say(f"{out}: {answered.total():,} phrases were done before, continuing")
-        jobs = []
-        for row, triplets in zip(rows, found):
-            regions = []
-            for region in row["regions"]:
-                if answered[row["image"], region["phrase"]]:
-                    answered[row["image"], region["phrase"]] -= 1
-                else:
-                    regions.append(region)
-            jobs.append(({**row, "regions": regions}, triplets))
-        jobs = [job for job in jobs[rank::n_ranks] if job[0]["regions"]]
-        pieces = chunks(jobs, 1 if isinstance(ground, InContext) else IMAGES_AT_ONCE)
-        bar, n_malformed = tqdm(pieces, out.stem, unit="batch", disable=rank > 0), 0
-        with open(out, "ab", buffering=0) as file:
-            for piece in bar:
-                answers = ground(*map(list, zip(*piece)))
-                # one write a piece: the ranks append to the same file
-                file.write("".join(json.dumps(answer) + "\n" for answer in answers).encode())
-                n_malformed += sum(answer["malformed"] for answer in answers)
-                bar.set_postfix(malformed=n_malformed, refresh=False)
-        predictions, _ = read_answers(out, asked)
-    if missing := len(asked) - len(predictions):
-        raise InputError(f"{out}: {missing:,} queries were not answered; run the command again")
-    return predictions
-
-
-def ground_set(rows, training_rows, ground, found, out, settings):
-    """Ground a set once -> what --json holds of it."""
-    start = time.time()
-    predictions = ground_rows(rows, ground, found, out, settings)
-    result = {"grounding": metrics.grounding_metrics(predictions),
-              "intervals": metrics.bootstrap(predictions), "n_images": len(rows),
-              "seconds": round(time.time() - start, 1)}
-    if settings["lvlm"] != "prior" and (prior := prior_rows(predictions, training_rows)):
-        result["prior"] = metrics.grounding_metrics(prior)
-    return result
-
-
-def print_grounding(results):
-    """Print Tables 2 to 4. results: {model: grounding_metrics(...) or None, which is left out}."""
-    print(metrics.grounding_table({name: {"grounding": scores}
-                                   for name, scores in results.items() if scores}))
+        # the rows with the phrases that are left, and their triplets
+        jobs = [({**row, "regions": left}, triplets) for row, triplets in zip(rows, found)
+                if (left := [region for region in row["regions"]
+                             if (row["image"], region["phrase"]) not in answered])]
+        n = world * (1 if isinstance(ground, InContext) else IMAGES_AT_ONCE)
+        bar = tqdm(range(0, len(jobs), n), out.stem, unit="round", disable=rank > 0)
+        n_malformed = 0
+        for start in bar:
+            share = jobs[start:start + n][rank::world]
+            answers = list(itertools.chain(*gather(ground(*zip(*share)) if share else [])))
+            n_malformed += sum(answer["malformed"] for answer in answers)
+            bar.set_postfix(malformed=n_malformed, refresh=False)
+            if rank == 0:
+                file.write("".join(json.dumps(answer) + "\n" for answer in answers))
+                file.flush()
+    if rank == 0:
+        predictions = metrics.read_predictions(out)
+        return {"grounding": metrics.grounding_metrics(predictions),
+                "intervals": metrics.bootstrap(predictions), "n_images": len(rows),
+                "seconds": round(time.time() - began, 1)}
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 def check_args(args):
     """Reject invalid flags before anything is loaded. Raises InputError."""
-    suffix = ".png" if args.image else ".jsonl"
-    ours = args.lvlm in ("lofi", "nearest", "prior")
+    least_k, suffix = 1 if args.lvlm == "nearest" else 0, ".png" if args.image else ".jsonl"
     for wrong, problem in (
             ((args.image is None) != (not (args.phrase or "").strip()),
              "--image and --phrase go together: an image, and the sentence to find on it"),
-            (min(args.k) < 0, f"--k {min(args.k)}: expected 0 or more"),
+            (min(args.k) < least_k, f"--k {min(args.k)}: expected {least_k} or more"),
             (args.max_new_tokens < 1, "--max-new-tokens: expected 1 or more"),
             (args.batch_size < 1, "--batch-size: expected 1 or more"),
             (not args.feature_cache_gb >= 0, "--feature-cache-gb: expected 0 or more"),    # NaN too
-            (args.lvlm == "nearest" and 0 in args.k,
-             "--lvlm nearest answers with a demonstration: expected --k 1 or more"),
             (args.lvlm in ("nearest", "prior") and args.show_prompt,
              f"--show-prompt: --lvlm {args.lvlm} sends no prompt"),
-            (ours and (args.blind or args.plain),
+            (args.lvlm in ("lofi", "nearest", "prior") and (args.blind or args.plain),
              f"--blind and --plain are for a Gemma 3, not for --lvlm {args.lvlm}"),
             (args.image and (len(args.k) > 1 or len(args.encoders or []) > 1),
              "--image takes one --k and one encoder; several are for a set"),
-            (args.out and Path(args.out).suffix != suffix,
-             f"--out {args.out}: expected a {suffix} file"),
+            (args.out and Path(args.out).suffix != suffix, f"--out: expected a {suffix} file"),
             (args.json and (args.image or args.json == args.out),
              "--json is for a set's scores, in a file of their own")):
         if wrong:
             raise InputError(problem)
     if args.image:
         data.load_image(args.image)
-    for path in filter(None, (args.data, args.pool)):
-        data.manifest_path(path)
 
 
-def build_grounder(args, lvlm, training_rows, device):
-    """--lvlm -> a grounder; of nearest None, as each encoder has its own."""
-    if lvlm == "nearest":
-        return None
-    if lvlm == "lofi":
-        model = LoFi.from_pretrained(args.checkpoint, device)
-        return lambda rows, _: lofi_answers(model, rows)
-    if lvlm == "prior":
-        prior = metrics.phrase_prior(training_rows)
-        return lambda rows, _: [prediction(row, region, prior(region["phrase"]), False, "")
-                                for row in rows for region in row["regions"]]
-    precision = args.precision
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16"
-    other = "lofi" if is_run(args.checkpoint) else "nearest"
-    model, processor = load_lvlm(
-        lvlm, device, torch.float32 if precision == "fp32" else torch.bfloat16,
-        f"without it: python icl_ground.py {shlex.join([*sys.argv[1:], '--lvlm', other])}")
-    return InContext(model, processor, args.order, args.blind, args.plain, args.max_new_tokens,
-                     args.batch_size, args.feature_cache_gb)
+def default_lvlm(args):
+    """MedGemma, or LoFi's own decoder if --checkpoint is a run of the tiny preset."""
+    for_gemma = args.encoders or args.pool or args.blind or args.plain
+    if for_gemma or not is_run(args.checkpoint) or read_config(args.checkpoint).preset != "tiny":
+        return MEDGEMMA
+    print(f"icl_ground.py: {args.checkpoint} is a miniature run, so its own decoder answers "
+          f"(--lvlm lofi); to ask MedGemma, with demonstrations: --lvlm {MEDGEMMA}",
+          file=sys.stderr)
+    return "lofi"
+
+
+def query_row(image, phrase, rows):
+    """A manifest row that asks one phrase of an image, with the boxes that the manifest's rows have
+    for it. An image that they do not have gets no patient."""
+    row = data.find_row(rows, image) or {"patient": None, "regions": []}
+    truth = [box for region in row["regions"] if region["phrase"] == phrase
+             for box in region["boxes"]]
+    return {**row, "image": image, "path": image, "regions": [{"phrase": phrase, "boxes": truth}]}
 
 
 def shown_prompt(ground, row, demonstrations):
-    """The prompt of a row's first phrase as text; image tokens are counted, not repeated."""
+    """The prompt of a row's first phrase as text, with a note for the tokens of each image."""
     phrase = row["regions"][0]["phrase"]
     if not isinstance(ground, InContext):
         return data.GROUNDING_PROMPT.format(phrase=phrase)
-    processor, chat = ground.processor, ground.chat(row["path"], phrase, demonstrations)
-    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    if ground.blind:
-        return text
-    token, n, images = processor.tokenizer.image_token, processor.image_seq_length, images_of(chat)
-    first, *rest = text.split(processor.boi_token)
-    blocks = [processor.full_image_sequence.replace(token * n, f"{token} x {n}: {image}")
-              for image in images]
-    return first + "".join(block + text for block, text in zip(blocks, rest))
+    chat = ground.chat(row["path"], phrase, demonstrations)
+    text = ground.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    paths = iter(images_of(chat))
+    return re.sub("<start_of_image>", lambda token: (
+        f"{token[0]}[{ground.processor.image_seq_length} image tokens: {next(paths)}]"), text)
 
 
-def input_files(image, manifests, checkpoints):
-    """The files that a command reads, none of which may be one of its outputs."""
-    yield from [image] if image else []
-    for source in manifests - {None}:
-        yield data.manifest_path(source)
-        yield from (row["path"] for row in data.read_manifest(source))
-    for source in checkpoints:
-        yield from Path(source).glob("*")
+def print_answer(answer, out, **more):
+    """Write the overlay of an answer and print it as JSON, with boxes in pixels too."""
+    if not answer["pred"]:
+        print(f"icl_ground.py: {outcome(answer)}, for {answer['phrase']!r:.100} on "
+              f"{answer['image']}", file=sys.stderr)
+    image = data.load_image(answer["image"])
+    metrics.write_file(out, lambda draft: overlay(image, [answer]).save(draft, "PNG"))
+    boxes, truth = answer.pop("pred"), answer.pop("boxes")
+    pixels = [[round(v * n) for v, n in zip(box, image.size * 2)] for box in boxes]
+    print(json.dumps({**answer, "boxes": boxes, "pixels": pixels, "overlay": str(out), **more,
+                      **({"ground_truth": truth} if truth else {})}))
+
+
+def check_outputs(args, out, manifests, checkpoints):
+    """Raise InputError if an output is one of the files that the command reads."""
+    inputs = [args.image] if args.image else []
+    for path in manifests:
+        inputs += [data.manifest_path(path), *(row["path"] for row in data.read_manifest(path))]
+    for folder in checkpoints:
+        inputs += Path(folder).glob("*")
+    for path in filter(None, (out, args.json)):
+        metrics.check_output(path, inputs)
 
 
 def main(args=None):
@@ -806,107 +716,99 @@ def main(args=None):
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     check_args(args)
+    began, device, (rank, _) = time.time(), find_device(args.device), join_processes()
 
     # ---- defaults that follow from other flags; a missing run is named before missing weights
-    lvlm, encoders, source = args.lvlm or MEDGEMMA, args.encoders or [args.checkpoint], args.data
-    if not args.lvlm and not args.encoders:
-        retrieve.check_checkpoint(args.checkpoint)
-        if (not (args.pool or args.blind or args.plain) and is_run(args.checkpoint)
-                and read_config(args.checkpoint).preset == "tiny"):
-            lvlm = "lofi"
-            print(f"icl_ground.py: {args.checkpoint} is a miniature run, so its own decoder "
-                  f"answers (--lvlm lofi); to ask MedGemma, with demonstrations: --lvlm {MEDGEMMA}",
-                  file=sys.stderr)
-    retrieves = lvlm not in ("lofi", "prior") and max(args.k) > 0
-    for encoder in encoders if retrieves else []:
-        retrieve.check_checkpoint(encoder)
+    lvlm = args.lvlm or default_lvlm(args)
+    encoders, ks = args.encoders or [args.checkpoint], args.k
+    if lvlm in ("lofi", "prior") or not any(ks):               # no demonstrations
+        encoders, ks = [args.checkpoint], [0]
+    if any(ks):
+        for encoder in encoders:
+            retrieve.check_checkpoint(encoder)
     try:
-        source = source or retrieve.trained_on(args.checkpoint)
-    except InputError:                                         # one image needs none for these
-        if retrieves or lvlm == "prior" or not args.image:
+        source = args.data or retrieve.trained_on(args.checkpoint)
+    except InputError:
+        if any(ks) or lvlm == "prior" or not args.image:
             raise
-    pool, device, name = args.pool or source, find_device(args.device), Path(lvlm).name
+        source = None                                          # LoFi, and k 0, need only the image
+    manifest, pool = data.read_manifest(source) if source else [], args.pool or source
+    training = [row for row in manifest if row["split"] == "train"]
+
+    # ---- the queries: one phrase of an image, or the boxed phrases of a split
     if args.image:
-        out = args.out or f"runs/{Path(args.image).stem}_grounded.png"
+        rows = [query_row(args.image, args.phrase, manifest)]
+        out = Path(args.out or f"runs/{Path(args.image).stem}_grounded.png")
     else:
+        of_split = [row for row in manifest if row["split"] == args.split]
+        rows = with_boxes(of_split)
+        if not rows:
+            raise InputError(f"{source}: no phrase with boxes in split {args.split!r}; expected "
+                             'rows with "regions"')
+        n, n_all = (sum(len(row["regions"]) for row in some) for some in (rows, of_split))
+        say(f"{n:,} phrases with boxes on {len(rows):,} images of {source}, {args.split}; left out "
+            f"{n_all - n:,} phrases without")
         folder = data.manifest_path(source).resolve().parent.name
-        out = args.out or f"runs/{folder}_{args.split}_{name}{'_blind' * args.blind}.jsonl"
-    for path in filter(None, (out, args.json)):
-        inputs = input_files(args.image, {source, pool}, {args.checkpoint, *encoders})
-        metrics.check_output(path, inputs)
+        name = Path(lvlm).name + "_blind" * args.blind
+        out = Path(args.out or f"runs/{folder}_{args.split}_{name}.jsonl")
+    check_outputs(args, out, {source, pool} - {None}, {args.checkpoint, *encoders})
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
-    manifest = data.read_manifest(source) if source else []
-    training = [row for row in manifest if row["split"] == "train"]
-    ground = build_grounder(args, lvlm, training, device)
+    title, settings = Path(lvlm).name, {"lvlm": lvlm, "split": args.split, "order": args.order}
+    if lvlm == "lofi":
+        ground = functools.partial(lofi_answers, LoFi.from_pretrained(args.checkpoint, device))
+    elif lvlm == "prior":
+        ground = functools.partial(prior_answers, metrics.phrase_prior(training))
+    elif lvlm != "nearest":                                    # nearest needs its encoder, below
+        ground = load_lvlm(lvlm, device, args)
+        title += " (blind)" * ground.blind
+        settings |= {"blind": ground.blind, "dtype": str(ground.model.dtype),
+                     "max_new_tokens": args.max_new_tokens}
 
-    # ---- one image
-    if args.image:
-        with contextlib.redirect_stdout(sys.stderr):           # stdout is for the JSON alone
-            query, demonstrations = find_query(args.image, args.phrase, manifest), []
-            if retrieves:
-                encoder = Encoder.load(encoders[0], device)
-                query_emb = encoder.encode_image(args.image).cpu()                 # (1, D)
-                [demonstrations] = find_demonstrations(encoder, [query], query_emb, pool, args.k[0])
-                ground = ground or nearest_grounder(encoder)
+    # ---- demonstrations and answers, with each encoder and k
+    results, files = {}, []
+    for checkpoint, k in itertools.product(encoders, ks):
+        with contextlib.redirect_stdout(sys.stderr if args.image else sys.stdout):
+            found = [[]] * len(rows)
+            if k > 0:
+                encoder = Encoder.load(checkpoint, device)
+                query_emb = (encoder.encode_image(args.image).cpu() if args.image else
+                             retrieve.image_embeddings(encoder, source, rows))     # (Q, D)
+                found = find_demonstrations(encoder, rows, query_emb, pool, k)
+            if lvlm == "nearest":
+                ground = functools.partial(nearest_answers, encoder)
             if args.show_prompt:
-                print(shown_prompt(ground, query, demonstrations))
-            answer = ground_image(ground, query, demonstrations, out)
-        print(json.dumps({**answer, "lvlm": lvlm, "n_demonstrations": len(demonstrations),
-                          "overlay": out}))
-        print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
-              f"{args.checkpoint} --data {source or 'DIR'}", file=sys.stderr)
-        return
-
-    # ---- a set: the boxed phrases of a split, with each encoder and k
-    began, (rank, _) = time.time(), join_processes()
-    every = [row for row in manifest if row["split"] == args.split]
-    rows = with_boxes(every)
-    if not rows:
-        raise InputError(f"{source}: no phrase with boxes in split {args.split!r}; expected rows "
-                         'with "regions"')
-    say(f"{count_phrases(rows):,} phrases with boxes on {len(rows):,} images of {source}, "
-        f"{args.split}; left out {count_phrases(every) - count_phrases(rows):,} phrases without")
-    settings = {"lvlm": lvlm, "data": str(data.manifest_path(source).resolve()),
-                "split": args.split}
-    if isinstance(ground, InContext):
-        name += " (blind)" * ground.blind
-        settings |= {"max_new_tokens": args.max_new_tokens, "blind": ground.blind}
-    results, files, out = {}, [], Path(out)
-    for checkpoint in encoders if retrieves else [args.checkpoint]:
-        found, use = [[]] * len(rows), ground
-        if retrieves:
-            encoder = Encoder.load(checkpoint, device)
-            query_emb = retrieve.image_embeddings(encoder, source, rows)           # (Q, D)
-            found = find_demonstrations(encoder, rows, query_emb, pool, max(args.k))
-            use = ground or nearest_grounder(encoder)
-        for k in args.k if retrieves else [0]:
-            part = re.sub(r"[^\w-]+", "_", checkpoint).strip("_") + f"_k{k}"
-            several = retrieves and len(encoders) * len(args.k) > 1
-            files.append(out.with_stem(f"{out.stem}_{part}") if several else out)
-            made_with = settings | ({"pool": str(Path(pool).resolve()), "order": args.order,
-                                     "encoder": checkpoint, "k": k} if retrieves else
-                                    {"checkpoint": checkpoint})
-            if args.show_prompt:
-                say(shown_prompt(use, rows[0], found[0][:k]))
-            results[f"{name}, {checkpoint}, k={k}" if retrieves else name] = ground_set(
-                rows, training, use, [triplets[:k] for triplets in found], files[-1], made_with)
+                say(shown_prompt(ground, rows[0], found[0]))
+        if args.image:
+            [answer] = ground(rows, found)
+            print_answer(answer, out, lvlm=lvlm, n_demonstrations=len(found[0]))
+            print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
+                  f"{args.checkpoint} --data {source or 'DIR'}", file=sys.stderr)
+            return
+        settings |= {"data": str(Path(source).resolve()), "pool": str(Path(pool).resolve()),
+                     "encoder": checkpoint, "k": k}
+        part = "_" + re.sub(r"[^\w-]+", "_", checkpoint).strip("_") + f"_k{k}"
+        files.append(out.with_stem(out.stem + part * (len(encoders) * len(ks) > 1)))
+        results[f"{title}, {checkpoint}, k={k}" if any(ks) else title] = ground_set(
+            rows, ground, found, files[-1], settings)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
         return
 
-    # ---- print and write
-    last = list(results.values())[-1]
-    prior = {"phrase prior": {"grounding": last["prior"]}} if "prior" in last else {}
-    print(f"\ngrounding of {count_phrases(rows):,} phrases, % [95 % interval over images]")
-    print(metrics.grounding_table(results | prior))
-    for title, result in results.items():
-        print(f"{title}: {result['grounding']['n_malformed']:,} malformed replies")
-    if not prior and lvlm != "prior":
-        print(f"no row of the phrase prior: {source} has no training row with boxes")
+    # ---- print and write a set's scores
+    table = dict(results)
+    if lvlm != "prior" and with_boxes(training):
+        answers = prior_answers(metrics.phrase_prior(training), rows)
+        prior = metrics.grounding_metrics(answers)
+        table["phrase prior"] = {"grounding": prior}
+        results = {name: {**result, "prior": prior} for name, result in results.items()}
+    print(f"\ngrounding of {n:,} phrases, % [95 % interval over images]")
+    print(metrics.grounding_table(table))
+    for name, result in results.items():
+        print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
     if args.json:
-        metrics.write_json(args.json, results if len(results) > 1 else last)
+        metrics.write_json(args.json, results if len(results) > 1 else result)
     print(f"\n{time.time() - began:.0f} s in all. Next: python metrics.py "
           + shlex.join(map(str, files)))
 

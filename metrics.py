@@ -60,7 +60,7 @@ def write_file(path, write):
         write(draft)
         draft.chmod(mode)
         os.replace(draft, path)
-    except (OSError, RuntimeError) as error:                     # torch.save raises RuntimeError
+    except Exception as error:      # torch.save and safetensors raise kinds of their own
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be written ({reason}); make room or choose another path, "
                          "then run the same command again")
@@ -123,7 +123,7 @@ def recall_at_k(ranked, query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
 
 
 def chance_recall(query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
-    """The expected R@K of candidates in random order, the row "chance" beside Table 1.
+    """The expected R@K of candidates in random order, the row "chance" of Table 1.
 
     A query that owns m of C candidates misses with all of its first K with probability
     (C-m)/C * (C-m-1)/(C-1) * ..., K factors. Query a, candidates a, a, b: R@1 2/3, R@2 1."""
@@ -182,47 +182,33 @@ def box_iou(a, b, generalized=False):
     return iou - (hull - union) / hull if generalized else iou
 
 
-def contrast_to_noise_ratio(heat, boxes):
-    """CNR = |mean inside - mean outside| / sqrt(var inside + var outside) (Boecking et al. 2022).
-
-    heat: (H, W) a phrase's heat map; inside: pixels whose centre is in a box. NaN if all or none
-    are inside. Not in the paper."""
-    heat = np.asarray(heat, float)
-    y, x = ((np.arange(n) + 0.5) / n for n in heat.shape)
-    inside = np.zeros(heat.shape, bool)
-    for x0, y0, x1, y1 in boxes:
-        inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
-    if inside.all() or not inside.any():
-        return float("nan")
-    a, b = heat[inside], heat[~inside]
-    noise = np.sqrt(a.var() + b.var())
-    return float(abs(a.mean() - b.mean()) / noise) if noise else 0.0
-
-
 def hungarian(cost):
-    """Exact assignment: the min(N, M) one-to-one pairs of least total cost. Returns (rows, cols).
+    """The min(N, M) one-to-one pairs of least total cost, by shortest augmenting paths.
 
-    Rows join one at a time along the cheapest path of moves: the new row takes a column, whose row
-    takes another, ..., the last one a free column. cost: (N, M), finite.
-    [[1, 2], [1, 9]]: rows [0, 1], cols [1, 0], cost 3 (the best single pair first: 10)."""
+    cost: (N, M), finite. Returns (rows, cols). [[1, 2], [1, 9]]: rows [0, 1], cols [1, 0], cost 3,
+    where taking the cheapest pair first would cost 10."""
     cost = np.asarray(cost, float)
-    n, m = cost.shape
-    if n > m:
+    n_rows, n_cols = cost.shape
+    if n_rows > n_cols:
         cols, rows = hungarian(cost.T)
         return np.sort(rows), cols[np.argsort(rows)]
-    cols = np.zeros(0, int)                                      # of each row that has joined
-    for row in range(n):
-        distance, mover = cost[row].copy(), np.full(m, row)      # of the path's end: the last move
-        for _ in range(row):                                     # a path has at most `row` moves
-            moved = (distance[cols] - cost[range(row), cols])[:, None] + cost[:row]  # (row, m)
-            nearer = moved.min(0) < distance - 1e-12
-            distance[nearer], mover[nearer] = moved.min(0)[nearer], moved.argmin(0)[nearer]
-        free = np.setdiff1d(np.arange(m), cols)
-        j = free[distance[free].argmin()]
-        while mover[j] < row:                                    # make the moves, the last first
-            cols[mover[j]], j = j, cols[mover[j]]
-        cols = np.append(cols, j)
-    return np.arange(n), cols
+    col_of_row = np.zeros(0, int)                                # of the rows assigned so far
+    for row in range(n_rows):
+        # Bellman-Ford: the cheapest path from the new row to each column. A path may pass an
+        # assigned row: it enters by that row's column, which it frees, and leaves to another one.
+        path_cost, last_row = cost[row].copy(), np.full(n_cols, row)
+        for _ in range(row):
+            enter = path_cost[col_of_row] - cost[range(row), col_of_row]    # (row,)
+            through = enter[:, None] + cost[:row]                           # (row, n_cols)
+            better = through.min(0) < path_cost - 1e-12
+            path_cost[better] = through.min(0)[better]
+            last_row[better] = through.argmin(0)[better]
+        free = np.setdiff1d(np.arange(n_cols), col_of_row)
+        col = free[path_cost[free].argmin()]
+        while last_row[col] < row:                               # back along the path, reassigning
+            col_of_row[last_row[col]], col = col, col_of_row[last_row[col]]
+        col_of_row = np.append(col_of_row, col)
+    return np.arange(n_rows), col_of_row
 
 
 # ---- grounding (Tables 2 to 4): each score is a ratio of two sums over the queries ---------------
@@ -247,7 +233,7 @@ def precision_recall_f1(preds, targets, threshold=0.5, weights=None):
     The printed rows of Tables 2 to 4 agree with sums over one pool of n_gt = 1521 boxes. Ours,
     k=40: TP 376, n_pred 1447, so P .2598, R .2472, F .2534. The keys follow the threshold."""
     tp = np.array([match_count(*pair, threshold) for pair in zip(preds, targets, strict=True)])
-    n_pred, n_gt = (np.array([len(some) for some in boxes]) for boxes in (preds, targets))
+    n_pred, n_gt = (np.array([*map(len, boxes)]) for boxes in (preds, targets))
     return {f"F@{threshold:g}": ratio(2 * tp, n_pred + n_gt, weights),
             f"P@{threshold:g}": ratio(tp, n_pred, weights),
             f"R@{threshold:g}": ratio(tp, n_gt, weights),
@@ -305,23 +291,24 @@ def bootstrap(rows, n=1000, seed=0):
 
 
 def phrase_prior(rows):
-    """Manifest rows of the training split -> function phrase -> boxes, blind to the image.
+    """A grounder that never sees the image: phrase -> its median box in the training rows.
 
-    A phrase seen: the median of its boxes, sorted by x0, y0, x1, y1, at each rank that half of its
-    occurrences have (the first always). Not seen: the one median box of all."""
-    occurrences = defaultdict(list)                              # phrase -> its lists of boxes
+    Where a phrase has several boxes, they are sorted, and the r-th answer is the median of all r-th
+    boxes, if at least half of the phrase's occurrences have that many. An unknown phrase gets the
+    median of all boxes. Raises InputError if the rows have no box."""
+    box_lists = defaultdict(list)                                # phrase -> sorted boxes of each
     for row in rows:
         for region in row.get("regions") or []:
-            occurrences[region["phrase"]].append(sorted(map(tuple, region["boxes"])))
-    every = [box for lists in occurrences.values() for boxes in lists for box in boxes]
-    if not every:
+            box_lists[region["phrase"]].append(sorted(region["boxes"]))
+    all_boxes = [box for lists in box_lists.values() for boxes in lists for box in boxes]
+    if not all_boxes:
         raise InputError('the phrase prior expects training rows with "regions", got no box')
-    typical, medians = [np.median(every, axis=0).tolist()], {}
-    for phrase, lists in occurrences.items():
+    unknown, medians = [np.median(all_boxes, axis=0).tolist()], {}
+    for phrase, lists in box_lists.items():
         n_boxes = max(1, sorted(map(len, lists))[len(lists) // 2])          # half have as many
         ranks = [[boxes[r] for boxes in lists if len(boxes) > r] for r in range(n_boxes)]
         medians[phrase] = [np.median(boxes, axis=0).tolist() for boxes in ranks if boxes]
-    return lambda phrase: [list(box) for box in medians.get(phrase) or typical]
+    return lambda phrase: [list(box) for box in medians.get(phrase) or unknown]
 
 
 # ---- the predictions file and the command --------------------------------------------------------

@@ -4,6 +4,7 @@
     model = LoFi.from_pretrained("runs/phantom")
     model.ground("x.png", ["The heart is enlarged."])      # -> boxes of each phrase
     emb = model.encode_image(["a.png", "b.png"])           # -> (2, D), unit length, no gradient
+    emb @ model.encode_text(["No nodule."]).T              # -> (2, 1) cosines
 
     python model.py ask RUN IMAGE --phrase WORDS ...       # boxes; without --phrase the report
     python model.py export RUN OUT                         # a plain SiglipModel folder, LoRA merged
@@ -12,6 +13,9 @@ B images, S x S pixels  P patches, D_v wide, g patches a side, P = g * g  V visu
 T text tokens  D shared width of image and text  H LLM width
 R rows of the LLM (image, prompt, target)  L prompt and target tokens  N target tokens of all rows
 boxes: (x0, y0, x1, y1), fractions of width and height
+
+Below: Config, AttentionPooling, building the parts, Encoder, LoFi (forward, nll, answers, save and
+load). The method ends there; then files, devices and processes, and the commands.
 """
 
 import argparse
@@ -29,17 +33,17 @@ def parse_args():
                               "transformers loads without this code").add_argument
     add("run", help="run folder of train.py")
     add("out", help="folder to write: SiglipModel, tokenizer and image processor")
-    add = commands.add_parser(
-        "ask", help="print JSON: the report of an image, or the boxes of phrases, or the sentence "
-        "for a box; with each the score, the geometric mean probability of the answer's tokens",
-        epilog="LoFi is never taught that a finding is not there: it answers almost any phrase "
-        "with boxes. A low score is a hint, not a test.").add_argument
-    add("run", help="run folder of train.py")
-    add("image", help="a chest X-ray of any mode and size")
-    add("--phrase", nargs="+", metavar="WORDS",
-        help="findings to look for, each a sentence (Eq. 3)")
-    add("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"), help="instead of --phrase: "
-        "a region, as fractions of width and height (dense captioning)")
+    ask = commands.add_parser(
+        "ask", help="print JSON: an image's report, the boxes of phrases or the sentence of a box, "
+        "with a score each: the geometric mean probability of the answer's tokens",
+        epilog="LoFi is never taught that a finding is absent: it answers almost any phrase with "
+        "boxes. A low score is a hint, not a test.")
+    ask.add_argument("run", help="run folder of train.py")
+    ask.add_argument("image", help="a chest X-ray of any mode and size")
+    add = ask.add_mutually_exclusive_group().add_argument
+    add("--phrase", nargs="+", metavar="WORDS", help="findings, each a sentence (Eq. 3)")
+    add("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"),
+        help="region to describe, as fractions of width and height")
     return parser.parse_args()
 
 
@@ -47,18 +51,16 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 # ruff: noqa: E402
 import dataclasses
-import datetime
 import functools
 import math
 import os
 import re
 import shutil
-import urllib.error
-import urllib.request
-import uuid
+import tempfile
+import textwrap
 import warnings
 import zlib
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +68,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from peft.utils.loftq_utils import SafetensorError     # safetensors is a dependency of peft
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoConfig, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
-                          PreTrainedModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
+from transformers import (AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel,
+                          PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
 from transformers import logging as transformers_logging
-from transformers.modeling_utils import load_state_dict as load_safetensors
-from transformers.modeling_utils import safe_save_file
-from transformers.utils.hub import is_offline_mode
+from transformers.modeling_utils import safe_open, safe_save_file
+from transformers.utils.hub import get_session
 
 import data
 from losses import autoregressive_nll
@@ -87,7 +87,7 @@ SIGLIP2_400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=
 TINY_TOWER = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, hidden_act="gelu")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The paper's setting; TINY below is the miniature. Sizes count only when nothing is loaded."""
     preset: str = "paper"
@@ -129,23 +129,19 @@ class Config:
 PAPER = Config()
 TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, muon_lr=5, text_lr=0.3, scale_lr=10, warmup=0.02, weight_decay=0.05,
+    lr=1.2e-3, muon_lr=7.5, text_lr=0.3, scale_lr=10, warmup=0.02, weight_decay=0.05,
     steps=1400, epochs=None, batch_size=48, min_batches=6, n_regions=3, max_target=34,
     answer_tokens=64, augment=0.65, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
-    text=dict(TINY_TOWER, num_hidden_layers=2, max_position_embeddings=24, projection_size=128),
+    text=dict(TINY_TOWER, num_hidden_layers=1, max_position_embeddings=24, projection_size=128),
     decoder=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64,
                  initializer_range=0.08, hidden_activation="silu", max_position_embeddings=1024))
 # For the phantom: its images are many, so none is augmented; its reports have up to four sentences.
 PHANTOM = dataclasses.replace(
-    TINY, batch_size=32, augment=0.0, text=dict(TINY.text, max_position_embeddings=34))
+    TINY, steps=1500, batch_size=32, augment=0.0,
+    text=dict(TINY.text, max_position_embeddings=34))
 PRESETS = {"paper": PAPER, "tiny": TINY}
-
-# LoRA on the encoder layers alone: the suffix "out_proj" would also wrap the pooling head's, where
-# LoRA has neither effect nor gradient.
-ENCODER_LORA = r".*encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
-LLM_LORA = r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"
 
 
 # ---- attention pooling and projection -----------------------------------------------------------
@@ -155,13 +151,12 @@ def grid_code(n, width, heads):
 
     A head of h channels holds h / 4 frequencies of x and of y, from 1/2 to 2 periods over the
     image; equal positions have the largest dot product."""
-    n_frequencies = width // heads // 4
-    frequency = torch.pi * torch.linspace(0, 2, n_frequencies).exp2()
+    frequency = torch.pi * torch.linspace(0, 2, width // heads // 4).exp2()
     position = (torch.arange(n) + 0.5) / n
     y, x = torch.meshgrid(position, position, indexing="ij")
     angle = torch.stack([x, y], -1).view(n * n, 2, 1) * frequency                  # (n * n, 2, h/4)
     code = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)                    # (n * n, h)
-    return F.pad(code, (0, width // heads - code.shape[1])).repeat(1, heads)
+    return code.repeat(1, heads)
 
 
 class AttentionPooling(nn.Module):
@@ -191,105 +186,19 @@ class AttentionPooling(nn.Module):
         return self.projection(self.norm(pooled))                                  # (B, V, H)
 
 
-# ---- the device, and the processes of torchrun --------------------------------------------------
+# ---- building the parts: E_I and E_T, LLM, LoRA --------------------------------------------------
 
-def find_device(name=None):
-    """--device -> torch.device; under torchrun each process takes its own GPU.
-
-    Raises InputError."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
-
-
-def join_processes(device=None):
-    """Join the processes that torchrun started -> (rank, number of processes).
-
-    device: of the tensors to exchange, by default the CPU."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        on_gpu = device is not None and device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
-    return rank_and_world()
-
-
-def rank_and_world():
-    """(rank, number of processes); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def say(text):
-    """Print, once for all processes."""
-    if rank_and_world()[0] == 0:
-        print(text, flush=True)
-
-
-# ---- loading and building the parts -------------------------------------------------------------
-
-@functools.cache
-def hub_is_reachable():
-    """Check once whether the Hub is reachable; transformers retries for minutes."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if is_offline_mode():                                      # HF_HUB_OFFLINE=1
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        return True                                            # reachable: it answered
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def hub_options(source):
-    """Options of from_pretrained: ask the Hub only for what is not a local folder."""
-    return {"local_files_only": Path(source).exists() or not hub_is_reachable()}
-
-
-def load_pretrained(cls, source, hint="", **options):
-    """cls.from_pretrained(source), for models, configs and processors. hint: what else can be done.
-
-    Raises InputError if it is gated, absent, damaged, of another type, or lacks weights, which
-    would stay random."""
-    options |= hub_options(source)
-    try:
-        if not issubclass(cls, PreTrainedModel):
-            return cls.from_pretrained(source, **options)
-        kind = AutoConfig.from_pretrained(source, **hub_options(source)).model_type
-        if kind != cls.config_class.model_type:
-            raise ValueError(f"it is a {kind} model, expected {cls.config_class.model_type}")
-        part, report = cls.from_pretrained(source, output_loading_info=True, **options)
-        if missing := report["missing_keys"]:
-            raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
-        return part
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
-            SafetensorError) as error:
-        advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
-                  if Path(source).exists() else
-                  f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
-                  "`hf auth login`; or give a local folder")
-        raise InputError(f"{source}: {cls.__name__} cannot be loaded "
-                         f"({first_line(error).rstrip('. ')}); {advice}{hint and '; '}{hint}")
-
-
-NO_WEIGHTS = "--preset tiny and --random-init need no weights"
+# LoRA only on the encoder layers: the suffix "out_proj" would also wrap the pooling head's, where
+# LoRA has neither effect nor gradient.
+ENCODER_LORA = r".*encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+LLM_LORA = r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"
 
 
 def build_encoder(config, batch_size=None):
-    """E_I and E_T: the pretrained SiglipModel, or one of the same class with random weights.
-
-    batch_size: of a step, by which b starts (config's by default)."""
+    """E_I and E_T: the pretrained SiglipModel, or one of the same class with random weights, whose
+    b starts by the batch size (config's by default)."""
     if config.encoder:
-        return load_pretrained(SiglipModel, config.encoder, NO_WEIGHTS, dtype=torch.float32)
+        return load_pretrained(SiglipModel, config.encoder, dtype=torch.float32)
     siglip = SiglipModel(SiglipConfig(vision_config=config.vision, text_config=config.text))
     with torch.no_grad():
         siglip.logit_scale.fill_(math.log(10))                 # t' as SigLIP starts it
@@ -298,8 +207,9 @@ def build_encoder(config, batch_size=None):
         place = siglip.vision_model.embeddings.position_embedding.weight
         place.copy_(grid_code(round(len(place) ** 0.5), place.shape[1],
                               config.vision["num_attention_heads"]))
-        # SigLIP pools the text at the last position, mostly padding. It starts as a mean of the
-        # words: token embeddings start larger than position embeddings, padding at zero.
+        # SigLIP reads the text embedding off the last position, often a padding token. So that it
+        # starts as about the mean of the words, whatever their order and number: token embeddings
+        # larger, position embeddings smaller, padding zero.
         words = siglip.text_model.embeddings
         words.token_embedding.weight.mul_(3)
         words.token_embedding.weight[config.text["pad_token_id"]].zero_()
@@ -312,7 +222,7 @@ def build_encoder(config, batch_size=None):
 def build_llm(config):
     """The pretrained Gemma 3 text model, or one of the same class with random weights."""
     if config.llm:
-        return load_pretrained(Gemma3ForCausalLM, config.llm, NO_WEIGHTS, dtype=torch.float32)
+        return load_pretrained(Gemma3ForCausalLM, config.llm, dtype=torch.float32)
     llm = Gemma3ForCausalLM(Gemma3TextConfig(**config.decoder))
     if not config.llm_lora_rank:
         zero_residual_branches(llm)
@@ -327,58 +237,20 @@ def zero_residual_branches(part):
             p.zero_()
 
 
-def find_tokenizer(source):
-    """The tokenizer of a model id or folder; None if there is no source or it has no tokenizer."""
-    if not source:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(source, **hub_options(source))
-    except ImportError:                 # SigLIP 1 names a class that needs another package
-        return PreTrainedTokenizerFast.from_pretrained(source, **hub_options(source))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def build_tokenizers(config, texts):
-    """-> (text tokenizer, LLM tokenizer, config with the vocabulary sizes filled in).
-
-    Each comes with its pretrained part. Where one is missing, a byte-level BPE is learned from the
-    texts."""
-    text_tokenizer, llm_tokenizer = find_tokenizer(config.encoder), find_tokenizer(config.llm)
-    if text_tokenizer and llm_tokenizer:
-        return text_tokenizer, llm_tokenizer, config
-    most = config.vocab_size
-    if config.encoder and not text_tokenizer:
-        text_config = load_pretrained(SiglipConfig, config.encoder, NO_WEIGHTS).text_config
-        most = min(most, text_config.vocab_size)
-        say(f"{config.encoder} has no tokenizer: its text tower will not read as it was trained to")
-    learned = data.learn_tokenizer(texts, most)
-    if len(learned) > most:
-        raise InputError(f"{config.encoder}: its {most} text tokens are too few for the 260 of a "
-                         "byte-level tokenizer; give an encoder with its tokenizer")
-    say(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training split")
-    sizes = {"vocab_size": len(learned)}
-    special = dict(bos_token_id=learned.bos_token_id, eos_token_id=learned.eos_token_id,
-                   pad_token_id=learned.pad_token_id)
-    return text_tokenizer or learned, llm_tokenizer or learned, dataclasses.replace(
-        config, text={**sizes, **config.text, **special},
-        decoder={**sizes, **config.decoder, **special})
-
-
 def add_lora(part, rank, alpha, target_modules):
     """Freeze a part and wrap the named layers in LoRA; rank 0 leaves it whole and trainable."""
     if not rank:
         return part
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules)
     with warnings.catch_warnings():     # peft still reads a deprecated attribute of transformers
         warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(part, LoraConfig(r=rank, lora_alpha=alpha,
-                                               target_modules=target_modules))
+        return get_peft_model(part, lora)
 
 
 # ---- E_I and E_T --------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer; LoFi extends it.
+    """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer. LoFi extends it.
 
     Embed a folder of images and search them:
 
@@ -401,18 +273,15 @@ class Encoder(nn.Module):
     @staticmethod
     def load(source, device="cpu"):
         """A run folder of train.py -> LoFi; a SigLIP-family id or folder -> Encoder, for baselines.
-
         Raises InputError."""
         source, path = str(source), Path(source)
-        if not path.exists() and len(path.parts) > 1 and path.parent.is_dir():
+        if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir()):
             raise InputError(f"{source}: no such checkpoint; `python train.py` makes runs/phantom, "
                              "and --checkpoint takes a run, or a SigLIP-family id or folder")
         if is_run(path):
             return LoFi.from_pretrained(source, device)
-        siglip = load_pretrained(SiglipModel, source, "train.py makes a run, model.py export a "
-                                 "SigLIP folder", dtype=torch.float32)
-        tokenizer = find_tokenizer(source)
-        check_tokenizer(tokenizer, siglip.config.text_config.vocab_size, source)
+        siglip = load_pretrained(SiglipModel, source, dtype=torch.float32)
+        tokenizer = load_tokenizer(source, siglip.config.text_config.vocab_size)
         encoder = Encoder(siglip, tokenizer).to(device).eval()
         encoder.source = source
         return encoder
@@ -442,11 +311,10 @@ class Encoder(nn.Module):
         return (image_emb, out.last_hidden_state) if with_patches else image_emb
 
     def encode_text(self, texts, requires_grad=False):
-        """E_T: texts (a list, or (B, T) ids) -> (B, D) of unit length."""
-        if isinstance(texts, str):
-            texts = [texts]
+        """E_T: texts (one, a list, or (B, T) ids) -> (B, D) of unit length."""
         if not isinstance(texts, torch.Tensor):
-            texts = data.text_ids(self.text_tokenizer, texts, self.text_length)
+            texts = data.text_ids(self.text_tokenizer, [texts] if isinstance(texts, str) else texts,
+                                  self.text_length)                                # (B, T)
         with torch.set_grad_enabled(requires_grad and torch.is_grad_enabled()):
             out = self.siglip.get_text_features(input_ids=texts.to(self.device))
             return F.normalize(out.pooler_output.float(), dim=-1)
@@ -476,18 +344,33 @@ class LoFi(Encoder):
         self.pooling = AttentionPooling(vision.hidden_size, vision.num_attention_heads,
                                         (vision.image_size // vision.patch_size) ** 2,
                                         config.n_queries, llm.config.hidden_size)
-        for parameter in (siglip.logit_scale, siglip.logit_bias):    # t' and b train beside LoRA
+        for parameter in (siglip.logit_scale, siglip.logit_bias):    # t' and b train with LoRA
             parameter.requires_grad_(True)
 
     @classmethod
     def build(cls, config, texts=(), batch_size=None):
-        """A model to train. texts: what a missing tokenizer is learned from; batch_size: see
-        build_encoder. Raises InputError."""
-        text_tokenizer, llm_tokenizer, config = build_tokenizers(config, texts)
-        return cls(config, build_encoder(config, batch_size), build_llm(config), text_tokenizer,
-                   llm_tokenizer)
-
-    # ---- training -------------------------------------------------------------------------------
+        """A model to train. A pretrained part brings its tokenizer; where there is none, a
+        byte-level BPE is learned from the texts. Raises InputError."""
+        text_tokenizer, llm_tokenizer = find_tokenizer(config.encoder), find_tokenizer(config.llm)
+        if not (text_tokenizer and llm_tokenizer):
+            n_tokens = config.vocab_size
+            if config.encoder and not text_tokenizer:
+                siglip = load_pretrained(SiglipConfig, config.encoder)
+                n_tokens = min(n_tokens, siglip.text_config.vocab_size)
+                say(f"{config.encoder} has no tokenizer: its text tower reads tokens of ours")
+            learned = data.learn_tokenizer(texts, n_tokens)
+            if len(learned) > n_tokens:
+                raise InputError(f"{config.encoder}: its {n_tokens} text tokens are too few for a "
+                                 "byte-level tokenizer; give an encoder with its tokenizer")
+            say(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training "
+                "split")
+            size = {"vocab_size": len(learned)}                # unless the preset says more
+            special = dict(bos_token_id=learned.bos_token_id, eos_token_id=learned.eos_token_id,
+                           pad_token_id=learned.pad_token_id)
+            config = dataclasses.replace(config, text={**size, **config.text, **special},
+                                         decoder={**size, **config.decoder, **special})
+        return cls(config, build_encoder(config, batch_size), build_llm(config),
+                   text_tokenizer or learned, llm_tokenizer or learned)
 
     def forward(self, batch):
         """A batch of data.Collate -> image_emb (B, D), text_emb (B, D), nll (R,).
@@ -518,7 +401,7 @@ class LoFi(Encoder):
         prompt, target, padding; is_target: (R, L). Returns (R,).
 
         Rows are padded on the right and the mask is causal, so no target sees padding. The head,
-        as wide as the vocabulary, is applied to the states that predict a target alone."""
+        as wide as the vocabulary, is applied only to the states that predict a target."""
         decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
         hidden = decoder(inputs_embeds=self.embed(visual, ids), use_cache=False).last_hidden_state
         hidden = hidden[:, visual.shape[1]:-1]                 # state before each id    (R, L, H)
@@ -531,61 +414,60 @@ class LoFi(Encoder):
         """Greedy, batched, KV-cached: visual (R, V, H) and R prompts -> R texts.
 
         with_scores: also R floats, the geometric mean probability of the answer's tokens."""
-        tokens = [data.prompt_ids(self.llm_tokenizer, prompt) for prompt in prompts]
-        pad, length = self.llm_tokenizer.pad_token_id, max(map(len, tokens))
-        ids = pad_sequence([torch.tensor(t, device=visual.device) for t in tokens],
-                           batch_first=True, padding_value=pad)
-        # visual tokens come first, so padding moves left of them, where it is masked
-        padding = [length - len(prompt) for prompt in tokens]
-        embeds = torch.stack([row.roll(n, 0)
-                              for row, n in zip(self.embed(visual, ids), padding)])
-        mask = torch.arange(embeds.shape[1], device=visual.device) >= torch.tensor(
-            padding, device=visual.device)[:, None]
-        out = self.llm.generate(inputs_embeds=embeds, attention_mask=mask.long(), do_sample=False,
-                                top_k=None, top_p=None, max_new_tokens=max_new_tokens,
-                                eos_token_id=self.llm_tokenizer.eos_token_id, pad_token_id=pad)
+        prompts = [torch.tensor(data.prompt_ids(self.llm_tokenizer, prompt), device=visual.device)
+                   for prompt in prompts]
+        embeds = [self.embed(v[None], ids[None])[0] for v, ids in zip(visual, prompts)]
+        mask = [torch.ones(len(row), dtype=torch.long, device=visual.device) for row in embeds]
+        pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        out = self.llm.generate(                                                   # (R, n)
+            inputs_embeds=pad_left(embeds), attention_mask=pad_left(mask), do_sample=False,
+            top_k=None, top_p=None, max_new_tokens=max_new_tokens,
+            eos_token_id=self.llm_tokenizer.eos_token_id,
+            pad_token_id=self.llm_tokenizer.pad_token_id)
         texts = self.llm_tokenizer.batch_decode(out, skip_special_tokens=True)
-        return (texts, self.scores(visual, tokens, out)) if with_scores else texts
+        return (texts, self.scores(visual, prompts, out)) if with_scores else texts
 
     def scores(self, visual, prompts, answers):
-        """exp(-nll) of each answer: (R, n) ids with padding behind <eos> -> R floats."""
-        eos = self.llm_tokenizer.eos_token_id
-        answers = [row[:row.index(eos) + 1] if eos in row else row for row in answers.tolist()]
-        rows = [torch.tensor(p + a, device=visual.device) for p, a in zip(prompts, answers)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.llm_tokenizer.pad_token_id)
-        is_target = torch.zeros_like(ids, dtype=torch.bool)
-        for row, prompt, answer in zip(is_target, prompts, answers):
-            row[len(prompt):len(prompt) + len(answer)] = True
-        return [round(v, 4) for v in (-self.nll(visual, ids, is_target)).exp().tolist()]
+        """exp(-nll) of each answer -> R floats. Ids of prompts, a list of R, and answers (R, n)."""
+        ids, is_target = [], []
+        for prompt, answer in zip(prompts, answers):
+            is_eos = (answer == self.llm_tokenizer.eos_token_id).nonzero()
+            n_tokens = is_eos[0] + 1 if len(is_eos) else len(answer)       # padding follows <eos>
+            ids.append(torch.cat([prompt, answer[:n_tokens]]))
+            is_target.append(torch.arange(len(ids[-1]), device=visual.device) >= len(prompt))
+        nll = self.nll(visual, pad_sequence(ids, batch_first=True),
+                       pad_sequence(is_target, batch_first=True))
+        return [round(score, 4) for score in (-nll).exp().tolist()]
 
     @torch.no_grad()
-    def ask(self, image, prompts, max_new_tokens=256, with_scores=False):
-        """Answers to several prompts on one image, which passes the vision tower once."""
+    def ask(self, image, prompts, max_new_tokens=256):
+        """Several prompts on one image, encoded once -> the answers and the score of each."""
         visual = self.visual_tokens(self.encode_image(image, with_patches=True)[1])
         return self.generate(visual.expand(len(prompts), -1, -1), prompts, max_new_tokens,
-                             with_scores)
+                             with_scores=True)
 
-    def report(self, image):
+    def report(self, image, with_score=False):
         """An image -> its report (Eq. 2)."""
-        return self.ask(image, [data.CAPTIONING_PROMPT])[0]
+        [report], [score] = self.ask(image, [data.CAPTIONING_PROMPT])
+        return (report, score) if with_score else report
 
     def ground(self, image, phrases, with_scores=False):
-        """An image and phrases -> the boxes of each (Eq. 3), none where the answer is malformed;
-        a string is one phrase. with_scores: also the score of each answer.
+        """An image and phrases (or one) -> the boxes of each (Eq. 3), none if malformed.
 
-        The method never learns that a finding is not there, so almost any phrase gets boxes."""
-        prompts = [data.GROUNDING_PROMPT.format(phrase=phrase)
-                   for phrase in ([phrases] if isinstance(phrases, str) else phrases)]
-        answers, scores = self.ask(image, prompts, self.config.answer_tokens, with_scores=True)
+        The method never learns that a finding is absent, so almost any phrase gets boxes."""
+        phrases = [phrases] if isinstance(phrases, str) else phrases
+        prompts = [data.GROUNDING_PROMPT.format(phrase=phrase) for phrase in phrases]
+        answers, scores = self.ask(image, prompts, self.config.answer_tokens)
         boxes = [data.text_to_boxes(answer)[0] for answer in answers]
         return (boxes, scores) if with_scores else boxes
 
-    def describe(self, image, boxes):
+    def describe(self, image, boxes, with_score=False):
         """An image and boxes -> the sentence about that region (dense captioning)."""
         prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text(boxes))
-        return self.ask(image, [prompt], self.config.answer_tokens)[0]
+        [sentence], [score] = self.ask(image, [prompt], self.config.answer_tokens)
+        return (sentence, score) if with_score else sentence
 
-    # ---- files ----------------------------------------------------------------------------------
+    # ---- save and load --------------------------------------------------------------------------
 
     def saved_state(self):
         """What a run keeps: the tensors that train, and all of a part not loaded from elsewhere."""
@@ -597,94 +479,47 @@ class LoFi(Encoder):
                 if name in trains or name.startswith(built) and "lm_head" not in name}
 
     def save_pretrained(self, folder):
-        """Write tokenizer/, model.safetensors and config.json, each file atomically.
-
-        Raises InputError if one cannot be written."""
+        """Write tokenizer/, model.safetensors and config.json, each atomically, or InputError."""
         folder = Path(folder)
-        drafts = folder / f".tokenizer.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            self.llm_tokenizer.save_pretrained(drafts)
-            self.text_tokenizer.save_pretrained(drafts / "text")
-            for draft in drafts.rglob("*.*"):
-                write_file(folder / "tokenizer" / draft.relative_to(drafts),
-                           functools.partial(shutil.copyfile, draft))
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{folder}/tokenizer: cannot be written ({first_line(error)})")
-        finally:
-            shutil.rmtree(drafts, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.llm_tokenizer.save_pretrained(scratch)
+            self.text_tokenizer.save_pretrained(Path(scratch, "text"))
+            for file in Path(scratch).rglob("*.*"):
+                write_file(folder / "tokenizer" / file.relative_to(scratch),
+                           functools.partial(shutil.copyfile, file))
         write_weights(folder / "model.safetensors", self.saved_state())
         write_json(folder / "config.json", dataclasses.asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
-        folder = Path(folder)
-        config, places = read_config(folder), (folder / "tokenizer" / "text", folder / "tokenizer")
-        tokenizers = [find_tokenizer(place) for place in places]
+        config, place = read_config(folder), Path(folder, "tokenizer")
+        weights = Path(folder, "model.safetensors")
+        state = read_weights(weights)
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{weights}: {name} has a value that is not finite: the training "
+                                 "diverged or the file was edited; train again, or take a copy")
         try:
-            model = cls(config, build_encoder(config), build_llm(config), *tokenizers)
+            siglip, llm = build_encoder(config), build_llm(config)
+            model = cls(config, siglip, llm,
+                        load_tokenizer(place / "text", siglip.config.text_config.vocab_size),
+                        load_tokenizer(place, llm.config.vocab_size,
+                                       ("bos_token", "eos_token", "pad_token")))
+            if wrong := state.keys() ^ model.saved_state().keys():
+                raise ValueError(f"{min(wrong)} is missing or unknown")
+            model.load_state_dict(state, strict=False)         # not what is pretrained and frozen
         except InputError:
             raise
-        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError,
-                AssertionError) as error:
-            raise InputError(f"{folder}/config.json: no model can be built from it "
-                             f"({first_line(error)}); was it edited?")
-        sizes = (model.siglip.config.text_config.vocab_size,
-                 model.llm.get_input_embeddings().num_embeddings)
-        for tokenizer, size, place in zip(tokenizers, sizes, places):
-            check_tokenizer(tokenizer, size, place, needs_bos=place.name == "tokenizer")
-        model.load_weights(folder / "model.safetensors")
+        except Exception as error:      # torch and transformers raise many kinds
+            raise InputError(f"{folder}: config.json and model.safetensors do not make a model "
+                             f"({textwrap.shorten(str(error), 200)}); is one of them edited, or of "
+                             "another run?")
         model.source = str(folder)
         return model.to(device).eval()
 
-    def load_weights(self, path):
-        """Load model.safetensors. Raises InputError if it is damaged or of another model."""
-        state, expected = read_weights(path), self.saved_state()
-        shapes = [{name: tensor.shape for name, tensor in some.items()}.items()
-                  for some in (state, expected)]
-        if wrong := shapes[0] ^ shapes[1]:
-            raise InputError(f"{path}: {len(wrong)} tensors do not fit config.json, such as "
-                             f"{min(wrong)[0]}; it is a checkpoint of another model")
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                raise InputError(f"{path}: {name} has a value that is not finite; the training "
-                                 "diverged or the file was edited: train again, or take a copy")
-        self.load_state_dict(state, strict=False)
 
-
-CHECKSUM = re.compile(rb'"crc32":"([0-9a-f]{8})"')              # in the header of our safetensors
-
-
-def write_weights(path, state):
-    """Write tensors to a safetensors file whose metadata hold a crc32 of all its other bytes."""
-    def write(draft):
-        try:
-            safe_save_file(state, draft, metadata={"format": "pt", "crc32": "0" * 8})
-        except SafetensorError as error:                       # a full disk
-            raise OSError(first_line(error))
-        content = bytearray(draft.read_bytes())
-        start = CHECKSUM.search(content).start(1)
-        content[start:start + 8] = b"%08x" % zlib.crc32(content)
-        draft.write_bytes(content)
-    write_file(path, write)
-
-
-def read_weights(path):
-    """Read what write_weights wrote -> {name: tensor}. Raises InputError if a byte differs."""
-    try:
-        content = bytearray(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); was the run stopped before "
-                         "its first checkpoint?")
-    found = CHECKSUM.search(content, 0, 1 << 20)
-    if found:
-        stored = int(found[1], 16)
-        content[found.start(1):found.end(1)] = b"0" * 8
-    if not found or zlib.crc32(content) != stored:
-        raise InputError(f"{path}: checksum mismatch, the file is damaged or was not written by "
-                         "this code; train again, or take a copy")
-    return load_safetensors(str(path))
-
+# ---- files --------------------------------------------------------------------------------------
 
 def is_run(folder):
     """Whether a folder holds a run of train.py: a config.json with our keys."""
@@ -695,30 +530,132 @@ def is_run(folder):
 def read_config(folder):
     """config.json of a run folder -> Config. Raises InputError."""
     try:
-        config = Config(**json.loads(Path(folder, "config.json").read_text()))
+        return Config(**json.loads(Path(folder, "config.json").read_text()))
     except (OSError, TypeError, ValueError):
         raise InputError(f"{folder}: not a run folder of train.py (it has no config.json of ours); "
                          "`python train.py` makes runs/phantom")
-    for name, usual in dataclasses.asdict(PAPER).items():
-        value = getattr(config, name)
-        if isinstance(usual, (int, float)) and not isinstance(value, (int, float, type(None))):
-            raise InputError(f"{folder}/config.json: {name} is {value!r}, expected a number")
-    return config
 
 
-def check_tokenizer(tokenizer, vocab_size, place, needs_bos=False):
-    """Raise InputError unless a tokenizer is there, has its special tokens and fits the model."""
-    if tokenizer is None:
-        raise InputError(f"{place}: no tokenizer can be read there; the folder is incomplete")
+def checksum(state):
+    """crc32 of tensors with their names, types and shapes, as text."""
+    value = 0
+    for name, tensor in sorted(state.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+    return str(value)
+
+
+def write_weights(path, state):
+    """Write {name: tensor} to a safetensors file, with a checksum. Raises InputError."""
+    metadata = {"crc32": checksum(state)}
+    write_file(path, lambda draft: safe_save_file(state, draft, metadata))
+
+
+def read_weights(path):
+    """Read what write_weights wrote. Raises InputError."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            stored = (file.metadata() or {}).get("crc32")
+    except Exception as error:          # safetensors raises kinds of its own
+        raise InputError(f"{path}: missing or damaged ({first_line(error)}); train again, or take "
+                         "a copy")
+    if stored != checksum(state):
+        raise InputError(f"{path}: checksum mismatch, the file is damaged or was not written by "
+                         "this code; train again, or take a copy")
+    return state
+
+
+@functools.cache
+def hub_is_reachable():
+    """Check once whether the Hub is reachable; transformers retries for minutes."""
+    try:
+        get_session().head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10)
+    except Exception:                   # no network, a bad address, HF_HUB_OFFLINE=1
+        return False
+    return True
+
+
+def load_pretrained(cls, source, hint="", **options):
+    """cls.from_pretrained(source) for models, configs, tokenizers and processors, from a folder or
+    the Hub. hint: what else can be done. Raises InputError."""
+    is_folder = Path(source).exists() or len(Path(source).parts) != 2    # the Hub's are owner/name
+    options["local_files_only"] = is_folder or not hub_is_reachable()
+    try:
+        if not issubclass(cls, PreTrainedModel):
+            return cls.from_pretrained(source, **options)
+        kind = AutoConfig.from_pretrained(source, **options).model_type
+        if kind != cls.config_class.model_type:
+            raise ValueError(f"it is a {kind} model, expected {cls.config_class.model_type}")
+        part, report = cls.from_pretrained(source, output_loading_info=True, **options)
+        if missing := report["missing_keys"]:                  # they would stay random
+            raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
+        return part
+    except Exception as error:          # transformers raises many kinds
+        advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
+                  if is_folder else
+                  f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
+                  "`hf auth login`; or give a local folder; train.py --preset tiny needs none")
+        raise InputError(f"{source}: cannot be loaded ({first_line(error).rstrip('. ')}); {advice}"
+                         f"{hint and '; '}{hint}")
+
+
+def find_tokenizer(source):
+    """The tokenizer of a folder or model id, None if it has none."""
+    try:
+        return source and load_tokenizer(source)
+    except InputError:
+        return None
+
+
+def load_tokenizer(source, vocab_size=math.inf, special=("eos_token", "pad_token")):
+    """The tokenizer of a folder or model id. Raises InputError if it does not fit a model that has
+    vocab_size token embeddings and needs these special tokens."""
+    # reads tokenizer.json; AutoTokenizer would ask for another package for SigLIP 1
+    tokenizer = load_pretrained(PreTrainedTokenizerFast, source)
     if tokenizer.vocab_size > vocab_size:
-        raise InputError(f"{place}: its largest id is {tokenizer.vocab_size - 1:,}, but the model "
-                         f"has {vocab_size:,} token embeddings; it is the tokenizer of another "
-                         "model")
-    for name in ("eos_token", "pad_token", *(["bos_token"] if needs_bos else [])):
+        raise InputError(f"{source}: its largest id is {tokenizer.vocab_size - 1:,}, but the model "
+                         f"has {vocab_size:,} token embeddings; it is of another model")
+    for name in special:
         number = getattr(tokenizer, f"{name}_id")
-        if number is None or number >= vocab_size:             # a default that is not in the file
-            raise InputError(f"{place}: its {name} is missing; take the tokenizer that came with "
-                             "the model")
+        if number is None or number >= vocab_size:
+            raise InputError(f"{source}: its {name} is missing; take the model's own tokenizer")
+    return tokenizer
+
+
+# ---- the device, and the processes of torchrun --------------------------------------------------
+
+def find_device(name=None):
+    """--device -> torch.device; with torchrun each process takes its own GPU. Raises InputError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):                     # not a device, or not there
+        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N, a GPU that torch sees")
+
+
+def join_processes(device=torch.device("cpu")):
+    """Join the processes that torchrun started, which exchange tensors on a device -> (rank,
+    number of processes)."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))     # the first evaluates, others wait
+    return rank_and_world()
+
+
+def rank_and_world():
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text):
+    """Print, once for all processes."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
 
 
 # ---- the commands -------------------------------------------------------------------------------
@@ -731,51 +668,43 @@ def export(run, out):
     model, out = LoFi.from_pretrained(run), Path(out)
     if out.exists():
         raise InputError(f"{out}: exists already; name a new folder")
-    draft = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
     size = {"height": model.image_size, "width": model.image_size}
-    try:
-        siglip = model.siglip.merge_and_unload() if model.config.lora_rank else model.siglip
+    siglip = model.siglip.merge_and_unload() if model.config.lora_rank else model.siglip
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        draft = Path(scratch, "siglip")
         siglip.save_pretrained(draft)
         model.text_tokenizer.save_pretrained(draft)
         SiglipImageProcessor(size=size, resample=2).save_pretrained(draft)     # 2: bilinear
         draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def answer(run, image, phrases, box):
-    """What a trained LoFi answers about one image: to phrases, to a box, or its report."""
-    if box and (problem := box_problem(box)):
-        raise InputError(f"--box {box}: {problem}")
-    model = LoFi.from_pretrained(run)
-    if box:
-        prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text([box]))
-        [sentence], [score] = model.ask(image, [prompt], model.config.answer_tokens,
-                                        with_scores=True)
-        return {"boxes": [box], "sentence": sentence, "score": score}
-    if not phrases:
-        [report], [score] = model.ask(image, [data.CAPTIONING_PROMPT], with_scores=True)
-        return {"report": report, "score": score}
-    answers = []
-    for phrase, boxes, score in zip(phrases, *model.ground(image, phrases, with_scores=True)):
-        if not boxes:
-            print(f"no box predicted for {phrase!r}", file=sys.stderr)
-        answers.append({"phrase": phrase, "boxes": boxes, "score": score,
-                        "sentence": model.describe(image, boxes) if boxes else ""})
-    return answers
 
 
 def main(args=None):
     args = args or parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if args.command == "ask":
-        if args.phrase and args.box:
-            raise InputError("--phrase and --box: give one of them")
-        print(json.dumps(answer(args.run, args.image, args.phrase, args.box)))
+    if args.command == "export":
+        export(args.run, args.out)
+        print(f"wrote {args.out}: transformers.SiglipModel.from_pretrained({args.out!r})")
         return
-    export(args.run, args.out)
-    print(f"wrote {args.out}; load it with transformers.SiglipModel.from_pretrained({args.out!r})")
+    if args.box and (problem := box_problem(args.box)):
+        raise InputError(f"--box {args.box}: {problem}")
+    model = LoFi.from_pretrained(args.run)
+    if args.box:
+        sentence, score = model.describe(args.image, [args.box], with_score=True)
+        answer = {"boxes": [args.box], "sentence": sentence, "score": score}
+    elif args.phrase:
+        answer = []
+        found, scores = model.ground(args.image, args.phrase, with_scores=True)
+        for phrase, boxes, score in zip(args.phrase, found, scores):
+            if not boxes:
+                print(f"no box predicted for {phrase!r}", file=sys.stderr)
+            sentence = model.describe(args.image, boxes) if boxes else ""
+            answer.append({"phrase": phrase, "boxes": boxes, "score": score, "sentence": sentence})
+    else:
+        report, score = model.report(args.image, with_score=True)
+        answer = {"report": report, "score": score}
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
     python retrieve.py --image x.png                # the nearest images by cosine of E_I
     python retrieve.py --text "small left pleural effusion"               # images for a sentence
     python retrieve.py --categories nodule "pleural effusion"      # zero-shot AUROC, P@K, heat maps
-    torchrun --nproc_per_node=N retrieve.py         # N processes share the embedding
+    torchrun --nproc_per_node=N retrieve.py         # N processes embed together
 
-You will see a bar while images are embedded (once: the embeddings are kept beside the checkpoint),
-then R@K in the paper's columns beside chance; or, for a search, study, similarity and the start of
+You will see a bar while images are embedded (once: the embeddings are kept with the checkpoint),
+then R@K in the paper's columns, and by chance; or, for a search, study, similarity and the start of
 each report, and a contact sheet PNG.
 
 Q queries  N images or texts of the pool  D shared width
@@ -27,35 +27,33 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to do (default: Table 1)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--image", metavar="FILE", help="search the images nearest to this one by the cosine of "
-        "E_I (Sec. 2.0.2); the image itself is not among them")
-    add("--text", metavar="WORDS", help="search the images nearest to this sentence by the cosine "
-        "of E_T and E_I; cut at the text encoder's length (64 tokens)")
-    add("--categories", nargs="+", metavar="WORDS", help="beside Table 1: zero-shot AUROC, P@K and "
-        "the heat maps' contrast-to-noise ratio of such findings as 'nodule', by the sentences of "
-        "reports that name them, and a PNG of heat maps with true boxes")
+    add("--image", metavar="FILE", help="find the images nearest to this one by the cosine of E_I "
+        "(Sec. 2.0.2), which itself is left out")
+    add("--text", metavar="WORDS",
+        help="find the images nearest to this sentence by the cosine of E_T and E_I")
+    add("--categories", nargs="+", metavar="WORDS", help="also zero-shot AUROC and P@K of findings "
+        "such as 'nodule', by the sentences of reports that name them, and heat maps as a PNG")
     group.add_argument("--k", type=int, metavar="N", help="images to find (default: 5, or all of a "
                        "smaller pool; Table 1 always prints R@1 to R@40)")
 
     add = parser.add_argument_group("model and data").add_argument
-    add("--checkpoint", nargs="+", default=[DEFAULT_RUN], metavar="RUN", help="run folders "
-        "of train.py, or SigLIP-family ids or folders (baselines): a row of Table 1 each (default: "
-        f"{DEFAULT_RUN})")
-    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file (default: what "
-        f"the first checkpoint was trained on; without a run folder, {DEFAULT_DATA})")
-    add("--split", choices=["train", "val", "test", "all"], default="test", help="rows of the "
-        "manifest that are evaluated or searched (default: test, as in Sec. 3.0.1)")
+    add("--checkpoint", nargs="+", default=[DEFAULT_RUN], metavar="RUN", help="run folders of "
+        "train.py, or SigLIP-family ids or folders: a row of Table 1 each (default: %(default)s)")
+    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file (default: the "
+        f"data of the first checkpoint; without a run folder, {DEFAULT_DATA})")
+    add("--split", choices=["train", "val", "test", "all"], default="test",
+        help="rows to evaluate or to search (default: test, as in Sec. 3.0.1)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--png", default="runs/retrieve.png", metavar="FILE", help="contact sheet of a search, the "
-        "query first, or heat maps (default: %(default)s)")
-    add("--json", metavar="FILE", help="also write the result there, R@K as fractions; under each "
-        "checkpoint's name if there are several (default: not written)")
+    add("--png", default="runs/retrieve.png", metavar="FILE",
+        help="contact sheet of a search, or heat maps (default: %(default)s)")
+    add("--json", metavar="FILE", help="also write the result there, R@K as fractions; by "
+        "checkpoint if there are several (default: not written)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--batch-size", type=int, default=64, metavar="B", help="images embedded at a time; fewer "
-        "take less memory (default: %(default)s)")
+    add("--batch-size", type=int, default=64, metavar="B",
+        help="images embedded at a time (default: %(default)s)")
     args = parser.parse_args()
 
     for flag, value in (("--batch-size", args.batch_size), ("--k", args.k)):
@@ -116,8 +114,8 @@ def text_embeddings(encoder, texts, batch_size=256):
 
 
 def cache_file(encoder, path, rows):
-    """embeddings/DATA-HASH.safetensors beside the checkpoint, or in runs/ for a model id: a hash of
-    all that the embeddings depend on, which are weights, image size, images and their order."""
+    """RUN/embeddings/DATA-HASH.safetensors, or below runs/ for a model id. The hash is of all that
+    the embeddings depend on: the weights, the image size, the images and their order."""
     digest = hashlib.sha256(f"{encoder.image_size}".encode())
     for name, tensor in encoder.siglip.vision_model.state_dict().items():
         digest.update(name.encode())
@@ -144,7 +142,7 @@ def image_embeddings(encoder, path, rows, batch_size=64):
         try:
             return read_weights(file)["emb"]
         except (InputError, KeyError):
-            say(f"{file}: damaged, embedding the images anew")
+            say(f"{file}: damaged, embedding the images again")
 
     starts = range(0, len(rows), batch_size)[rank::world]
     batches = [[row["path"] for row in rows[i:i + batch_size]] for i in starts]
@@ -155,7 +153,7 @@ def image_embeddings(encoder, path, rows, batch_size=64):
         for i, images in zip(starts, tqdm(pixels, "embed", len(batches), disable=rank > 0)):
             emb[i:i + batch_size] = encoder.encode_image(images).cpu()
     if world > 1:
-        dist.all_reduce(emb)                                   # a row is 0 on all but one process
+        dist.all_reduce(emb)                                   # a row is 0 in all processes but one
     if rank == 0:
         try:
             write_weights(file, {"emb": emb})
@@ -185,8 +183,8 @@ def top_k(queries, pool, k, chunk=2 ** 26):
     n = min(len(queries), max(1, chunk // len(pool)))          # queries at a time
     cosine = queries.new_empty(n, len(pool))                   # one buffer for all    (n, N)
     similarity, index = [], []
-    for some in queries.split(n):
-        nearest = torch.mm(some, pool.T, out=cosine[:len(some)]).topk(k)           # (n, k)
+    for part in queries.split(n):
+        nearest = torch.mm(part, pool.T, out=cosine[:len(part)]).topk(k)           # (n, k)
         similarity.append(nearest.values.cpu())
         index.append(nearest.indices.cpu())
     return torch.cat(similarity), torch.cat(index)
@@ -202,16 +200,16 @@ def table_1(encoder, table, image_emb):
     text_emb = text_embeddings(encoder, texts).to(encoder.device)                  # (T, D)
     _, to_text = top_k(image_emb, text_emb, min(40, len(texts)))                   # (I, 40)
     _, to_image = top_k(text_emb, image_emb, min(40, len(images)))                 # (T, 40)
-    every = np.arange(len(images))
-    return {"i2t": metrics.recall_at_k(to_text.numpy(), every, owner),
-            "t2i": metrics.recall_at_k(to_image.numpy(), owner, every)}
+    own = np.arange(len(images))                               # of each image; owner: of each text
+    return {"i2t": metrics.recall_at_k(to_text.numpy(), own, owner),
+            "t2i": metrics.recall_at_k(to_image.numpy(), owner, own)}
 
 
 def chance(table):
-    """What table_1 expects of random rankings."""
+    """The expected table_1 of random rankings."""
     images, _, owner = table
-    every = np.arange(len(images))
-    return {"i2t": metrics.chance_recall(every, owner), "t2i": metrics.chance_recall(owner, every)}
+    own = np.arange(len(images))
+    return {"i2t": metrics.chance_recall(own, owner), "t2i": metrics.chance_recall(owner, own)}
 
 
 def print_table_1(results, chance):
@@ -223,7 +221,7 @@ def print_table_1(results, chance):
         print(f"\n{format_table(rows)}")
 
 
-# ---- categories: zero-shot classification, P@K and heat maps; not in the paper ------------------
+# ---- categories: zero-shot classification and P@K; not in the paper -----------------------------
 
 def words_of(row):
     """An image's report, or its phrases where it has none."""
@@ -232,58 +230,40 @@ def words_of(row):
 
 def names(sentence, category):
     """Whether a sentence names the category, in singular or plural, and does not deny it."""
-    sentence, category = sentence.lower(), category.lower().strip(" .")
-    named = re.search(rf"\b{re.escape(category)}(s|es)?\b", sentence)
-    denied = re.search(r"\b(no|not|without|free of)\b", sentence)
-    return bool(named) and not denied
-
-
-def regions_on(row, category):
-    """The boxed regions of an image whose phrase names the category."""
-    return [region for region in row["regions"]
-            if region["boxes"] and names(region["phrase"], category)]
+    named = rf"\b{re.escape(category.strip(' .'))}(s|es)?\b"
+    denied = r"\b(no|not|without|free of)\b"
+    return bool(re.search(named, sentence, re.I)) and not re.search(denied, sentence, re.I)
 
 
 def category_scores(encoder, rows, image_emb, category):
-    """-> {"n_images", "AUROC", "P@1", .., "CNR"}; None for a score without such an image.
+    """-> {"n_images", "AUROC", "P@1", .., "P@10"}; AUROC is None if all images show it, or none.
 
-    The prompt is the mean E_T of the 20 commonest sentences that name the category, "Nodule." if
-    there are none. AUROC is of its cosine minus that of "No nodule."; P@K is the share of the K
-    images nearest to the prompt that show it; CNR is a mean over the boxed phrases."""
-    category = category.lower().strip(" .")
+    The prompt is the mean E_T of the 20 most common sentences that name the category, or "Nodule."
+    if there are none. AUROC is of its cosine minus that of "No nodule."; P@K is the share of the K
+    images nearest to the prompt that show it."""
     sentences = [[sentence for sentence in data.split_sentences(words_of(row))
                   if names(sentence, category)] for row in rows]
-    labels = np.array([len(some) > 0 for some in sentences])
-    common = Counter(sentence for some in sentences for sentence in some).most_common(20)
-    prompts = [sentence for sentence, _ in common] or [f"{category.capitalize()}."]
-    *present, absent = text_embeddings(encoder, [*prompts, f"No {category}."])
+    labels = np.array([len(naming) > 0 for naming in sentences])
+    common = Counter(sentence for naming in sentences for sentence in naming).most_common(20)
+    word = category.lower().strip(" .")
+    prompts = [sentence for sentence, _ in common] or [f"{word.capitalize()}."]
+    *present, absent = text_embeddings(encoder, [*prompts, f"No {word}."])
     prompt = torch.nn.functional.normalize(torch.stack(present).mean(0), dim=0)    # (D,)
     nearest = top_k(prompt[None], image_emb, min(10, len(rows)))[1][0].numpy()     # best first
-
-    ratios = []
-    for row in tqdm(rows, f"heat maps, {category}", unit="image"):
-        for region in regions_on(row, category):
-            heat = encoder.heat_map(row["path"], [region["phrase"]])[0].cpu().numpy()
-            ratios.append(metrics.contrast_to_noise_ratio(heat, region["boxes"]))
-    ratios = [ratio for ratio in ratios if not math.isnan(ratio)]  # a box between patch centres
-    scores = {"AUROC": metrics.auroc(image_emb @ (prompt - absent), labels),
-              **{f"P@{k}": labels[nearest[:k]].mean() for k in (1, 2, 5, 10)},
-              "CNR": np.mean(ratios) if ratios else math.nan}
-    return {"n_images": int(labels.sum()), **{
-        name: None if math.isnan(score) else float(score) for name, score in scores.items()}}
+    auroc = metrics.auroc(image_emb @ (prompt - absent), labels)
+    return {"n_images": int(labels.sum()), "AUROC": None if math.isnan(auroc) else auroc,
+            **{f"P@{k}": float(labels[nearest[:k]].mean()) for k in (1, 2, 5, 10)}}
 
 
 def print_categories(results):
-    """{model: {"categories": {category: category_scores}}} -> AUROC and P@K in percent, and CNR."""
-    columns = ["AUROC", "P@1", "P@2", "P@5", "P@10", "CNR"]
+    """{model: {"categories": {category: category_scores}}} -> AUROC and P@K in percent."""
     for model, result in results.items():
-        rows = [("Category", "images", *columns)]
+        table = [("Category", "images", "AUROC", "P@1", "P@2", "P@5", "P@10")]
         for category, scores in result["categories"].items():
-            cells = ["-" if scores[name] is None else
-                     f"{scores[name] * (1 if name == 'CNR' else 100):.2f}" for name in columns]
-            rows.append((category, f"{scores['n_images']:,}", *cells))
-        print(f"\n{model}: AUROC and P@K in %, CNR of the boxed phrases' heat maps\n\n"
-              f"{format_table(rows)}")
+            n_images, *values = scores.values()
+            table.append((category, f"{n_images:,}",
+                          *("-" if v is None else f"{100 * v:.2f}" for v in values)))
+        print(f"\n{model}: AUROC and P@K in %\n\n{format_table(table)}")
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -323,7 +303,8 @@ def heat_map_sheet(encoder, rows, categories, most=4):
     image, or None if there are no such images."""
     cells = []
     for category in categories:
-        shown = [(row, region) for row in rows for region in regions_on(row, category)]
+        shown = [(row, region) for row in rows for region in row["regions"]
+                 if region["boxes"] and names(region["phrase"], category)]
         for row, region in shown[:most]:
             heat = encoder.heat_map(row["path"], [region["phrase"]])[0].cpu().numpy()
             picture = over_image(heat, data.load_image(row["path"]))
@@ -342,8 +323,8 @@ def check_checkpoint(source):
 
 
 def trained_on(checkpoint):
-    """The manifest that trainer.pt says the checkpoint was trained on; of a model without one, and
-    of a phantom run that was moved, runs/phantom_data. Raises InputError if it is missing."""
+    """The manifest that trainer.pt says the checkpoint was trained on; for a model without one, and
+    for a phantom run that was moved, runs/phantom_data. Raises InputError if it is missing."""
     trainer, own = Path(checkpoint) / "trainer.pt", DEFAULT_DATA
     if trainer.exists():
         try:
@@ -359,14 +340,26 @@ def trained_on(checkpoint):
                      "a folder with manifest.jsonl")
 
 
+def search(query_emb, pool, image_emb, k):
+    """The k rows of the pool nearest to a query (1, D), with rank and similarity; printed."""
+    [similarity], [index] = top_k(query_emb, image_emb, k)                         # (k,) each
+    found = [{**pool[i], "rank": n, "similarity": round(value, 6)}
+             for n, (value, i) in enumerate(zip(similarity.tolist(), index.tolist()), 1)]
+    table = format_table([("study", "rank", "similarity")] + [
+        (row["study"], str(row["rank"]), f"{row['similarity']:.4f}") for row in found])
+    starts = [textwrap.shorten(words_of(row), 80, placeholder=" ...") for row in found]
+    for line, start in zip(table.splitlines(), ["report", *starts]):
+        print(f"{line}  {start}")
+    return found
+
+
 def main(args=None):
     args = args or parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    searching = bool(args.image or args.text)
 
     # ---- all that can be checked before the work starts
-    device = find_device(args.device)
+    device, searching = find_device(args.device), bool(args.image or args.text)
     for source in args.checkpoint:
         check_checkpoint(source)
     if args.image:
@@ -379,49 +372,32 @@ def main(args=None):
                          f"splits are {', '.join(sorted({row['split'] for row in rows}))}")
     own = data.find_row(rows, args.image) if args.image else None
     others = [i for i, row in enumerate(pool) if row is not own]
-    k = min(5, len(others)) if args.k is None else args.k
     table = data.sub_report_table(pool)
-    images, texts, _ = table
     if searching:
+        k = args.k or min(5, len(others))
         check_k(k, len(others))
-    elif not texts:
+    elif not table[1]:
         raise InputError("no image of the split has a report, and Table 1 ranks reports; give "
                          "other --data or --split, or search with --image")
-    inputs = [data.manifest_path(path), *(row["path"] for row in rows),
-              *(file for source in args.checkpoint for file in Path(source).glob("*")),
-              *([args.image] if args.image else [])]
-    if args.json:
-        check_output(args.json, inputs)
-    if searching or args.categories:
-        check_output(args.png, inputs)
+    inputs = [data.manifest_path(path), *(row["path"] for row in rows), *filter(None, [args.image]),
+              *(file for source in args.checkpoint for file in Path(source).glob("*"))]
+    for output in [args.json, args.png if searching or args.categories else None]:
+        if output:
+            check_output(output, inputs)
     rank, _ = join_processes()
 
-    # ---- embed, then search or evaluate on the first process
+    # ---- embed in all processes, then search or evaluate in the first
     results, sheet = {}, None
     for source in args.checkpoint:
-        began = time.time()
-        encoder = Encoder.load(source, device)
+        began, encoder = time.time(), Encoder.load(source, device)
         image_emb = image_embeddings(encoder, path, pool, args.batch_size)
-        if rank > 0:
-            continue
-        if searching:
-            query_emb = (encoder.encode_image(args.image).cpu() if args.image
-                         else text_embeddings(encoder, [args.text]))
-            [similarity], [index] = top_k(query_emb, image_emb[others], k)         # (k,) each
-            found = [{**pool[others[i]], "rank": n, "similarity": round(value.item(), 6)}
-                     for n, (value, i) in enumerate(zip(similarity, index), 1)]
-            query = own or {"study": Path(args.image or "text").name, "path": args.image,
-                            "report": args.text or "", "regions": []}
-            cells = [card("query", query, frame="orange"), *(
-                card(f"{row['rank']}, cosine {row['similarity']:.3f}", row) for row in found)]
-            sheet = data.tile(cells, math.ceil(len(cells) ** 0.5))
-            continue
-        results[source] = {**table_1(encoder, table, image_emb), "n_images": len(images)}
-        if args.categories:
-            results[source]["categories"] = {name: category_scores(encoder, pool, image_emb, name)
-                                             for name in args.categories}
-            sheet = sheet or heat_map_sheet(encoder, pool, args.categories)
-        results[source]["seconds"] = round(time.time() - began, 1)
+        if rank == 0 and not searching:
+            result = {**table_1(encoder, table, image_emb), "n_images": len(table[0])}
+            if args.categories:
+                result["categories"] = {name: category_scores(encoder, pool, image_emb, name)
+                                        for name in args.categories}
+                sheet = sheet or heat_map_sheet(encoder, pool, args.categories)
+            results[source] = {**result, "seconds": round(time.time() - began, 1)}
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
@@ -432,20 +408,23 @@ def main(args=None):
     if searching:
         left_out = "; the query is in this pool and left out" if len(others) < len(pool) else ""
         print(f"{source} on {len(others):,} images of {title}{left_out}")
-        table = format_table([("study", "rank", "similarity")] + [
-            (row["study"], str(row["rank"]), f"{row['similarity']:.4f}") for row in found])
-        starts = [textwrap.shorten(words_of(row), 80, placeholder=" ...") for row in found]
-        for line, start in zip(table.splitlines(), ["report", *starts]):
-            print(f"{line}  {start}")
+        query_emb = (encoder.encode_image(args.image).cpu() if args.image
+                     else text_embeddings(encoder, [args.text]))                   # (1, D)
+        found = search(query_emb, [pool[i] for i in others], image_emb[others], k)
         keys = ("rank", "similarity", "study", "patient", "split", "image", "report", "regions")
         results = {"query": args.image or args.text, "checkpoint": source, "data": str(path),
                    "n_images": len(others),
                    "results": [{key: row[key] for key in keys} for row in found]}
+        query = own or {"study": Path(args.image or "text").name, "path": args.image,
+                        "report": args.text or "", "regions": []}
+        cells = [card("query", query, frame="orange"), *(
+            card(f"{row['rank']}, cosine {row['similarity']:.3f}", row) for row in found)]
+        sheet = data.tile(cells, math.ceil(len(cells) ** 0.5))
         how = ["lofi"] if isinstance(encoder, LoFi) else ["nearest", "--data", str(path)]
         command = ["icl_ground.py", "--checkpoint", source, "--lvlm", *how, "--image",
                    args.image or found[0]["path"], "--phrase", phrase]
     else:
-        print(f"\nTable 1 on {title}: {len(images):,} images, one a study, and {len(texts):,} "
+        print(f"\nTable 1 on {title}: {len(table[0]):,} images, one a study, and {len(table[1]):,} "
               "sub-reports; %")
         print_table_1(results, chance(table))
         if args.categories:

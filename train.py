@@ -153,7 +153,7 @@ class Muon(torch.optim.Optimizer):
     Equals torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but multiplies all matrices of one
     shape in one batch: half the time for the miniature on a CPU."""
 
-    def __init__(self, params, lr, momentum=0.95):
+    def __init__(self, params, lr, momentum=0.85):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
 
     @torch.no_grad()
@@ -544,11 +544,14 @@ def evaluate(model, rows, training_rows, batch_size=64):
         retrieve.print_table_1({"LoFi": results}, retrieve.chance(table))
     if predictions := icl_ground.lofi_predictions(model, rows):
         results["grounding"] = metrics.grounding_metrics(predictions)
-        if prior := icl_ground.prior_rows(predictions, training_rows):
+        scores = {"LoFi": {"grounding": results["grounding"]}}
+        if icl_ground.with_boxes(training_rows):
+            prior = icl_ground.prior_answers(metrics.phrase_prior(training_rows),
+                                             icl_ground.with_boxes(rows))
             results["prior"] = metrics.grounding_metrics(prior)
+            scores["phrase prior"] = {"grounding": results["prior"]}
         print(f"\ngrounding of {len(predictions)} test phrases, %")
-        icl_ground.print_grounding({"LoFi": results["grounding"],
-                                    "phrase prior": results.get("prior")})
+        print(metrics.grounding_table(scores))
     return results
 
 

@@ -472,13 +472,3 @@ def test_auroc_is_the_share_of_ordered_pairs():
         assert metrics.auroc(scores, labels) == pytest.approx(np.mean(pairs))
     assert metrics.auroc([.9, .4, .4], [1, 1, 0]) == 0.75
     assert math.isnan(metrics.auroc([1.0, 2.0], [True, True]))
-
-
-def test_contrast_to_noise_ratio_by_hand():
-    """Guards: x and y swapped; a union of boxes counted twice; a division by zero."""
-    heat = [[1, 1], [1, 5]]
-    assert metrics.contrast_to_noise_ratio(heat, [[0, .5, 1, 1]]) == pytest.approx(1)
-    assert metrics.contrast_to_noise_ratio(heat, [[0, .5, 1, 1]] * 2) == pytest.approx(1)
-    assert metrics.contrast_to_noise_ratio([[1, 1, 7]], [[0, 0, .5, 1]]) == pytest.approx(1)
-    assert metrics.contrast_to_noise_ratio([[2, 2], [2, 2]], [[0, 0, .5, 1]]) == 0
-    assert math.isnan(metrics.contrast_to_noise_ratio(heat, [[0, 0, .1, .1]]))

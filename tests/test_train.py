@@ -543,7 +543,7 @@ def test_muon_is_torchs():
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     groups = [{"params": ours, "weight_decay": 0.1}]
     optimizers = (train.Muon(groups, lr=0.02), torch.optim.Muon(
-        theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+        theirs, lr=0.02, weight_decay=0.1, momentum=0.85, adjust_lr_fn="match_rms_adamw"))
     for step in range(4):
         for i, (a, b) in enumerate(zip(ours, theirs)):
             a.grad = b.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(
@@ -551,7 +551,7 @@ def test_muon_is_torchs():
         for optimizer in optimizers:
             optimizer.step()
     for p, a, b in zip(start, ours, theirs):
-        assert (a - b).norm() < 0.02 * (b - p).norm() and (b - p).norm() > 0.1
+        assert (a - b).norm() < 0.02 * (b - p).norm() and (b - p).norm() > 0.05
 
 
 def test_dry_run_writes_nothing(phantom, tmp_path, monkeypatch):
