@@ -605,7 +605,9 @@ def paper_bare(folder, steps, batch_size):
     device = find_device(None)
     model, _, _, _, batches = train_parts(
         folder, dataclasses.replace(PAPER, encoder=None, llm=None), batch_size, steps)
-    model, batches = model.to(device), [train.to_device(batch, device) for batch in batches]
+    model = model.to(device)
+    batches = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+               for batch in batches]
 
     def wait():
         if device.type == "cuda":

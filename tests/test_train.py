@@ -448,7 +448,7 @@ def test_a_small_set_keeps_its_negatives(phantom, tmp_path, monkeypatch):
         main(monkeypatch, *flags, "--out", tmp_path / "z")
 
 
-def test_fine_tuning_starts_from_a_run_with_grounding_alone(odd, finished, tmp_path, monkeypatch):
+def test_fine_tuning_starts_from_a_run_with_grounding_only(odd, finished, tmp_path, monkeypatch):
     """Guards: --init that starts from random weights; objectives that train what was not asked
     for."""
     main(monkeypatch, "--data", odd, "--init", finished[0], "--objectives", "g", "--steps", 1,
@@ -456,13 +456,14 @@ def test_fine_tuning_starts_from_a_run_with_grounding_alone(odd, finished, tmp_p
     line = log_of(tmp_path / "e")[0]
     assert line["sigmoid"] is line["captioning"] is line["dense_captioning"] is None
     assert line["grounding"] > 0
+    assert "not evaluated: no test split" in (tmp_path / "e" / "README.md").read_text()
     before, after = weights_of(finished[0]), weights_of(tmp_path / "e")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any("text_model" in name for name in changed)
 
 
 def test_a_batch_that_asks_nothing_is_a_step(odd, tmp_path, monkeypatch):
-    """Guards: a traceback in backward() where augmentation has moved every region of a batch out
+    """Guards: a traceback in backward() where augmentation has moved all regions of a batch out
     of its window."""
     monkeypatch.setattr(data, "augment", lambda image, regions, *_: (image.resize((60, 60)), []))
     main(monkeypatch, "--data", odd, *FAST, "--steps", 2, "--objectives", "g", "--workers", 0,
@@ -511,8 +512,8 @@ def test_batches_cover_an_epoch_once():
     """Guards: an image drawn twice in an epoch; another order after a resume."""
     keys = [key for batch in train.batches(10, 3, 4, 7, 0, 6) for key in batch]
     for epoch in (0, 1):                                       # of 4 batches, and 2 of the second
-        some = [i for e, i in keys if e == epoch]
-        assert len(some) == len(set(some)) == (10 if epoch == 0 else 6)
+        drawn = [i for e, i in keys if e == epoch]
+        assert len(drawn) == len(set(drawn)) == (10 if epoch == 0 else 6)
     assert list(train.batches(10, 3, 4, 7, 0, 6))[3:] == list(train.batches(10, 3, 4, 7, 3, 6))
 
 
@@ -624,6 +625,22 @@ def test_an_unreadable_training_image_stops_or_is_counted(phantom, tmp_path, mon
     shutil.rmtree(tmp_path / "j")
     text = main(monkeypatch, *command[1:], "--skip-bad-images")
     assert "1 times an image could not be read" in text and "train_00003.png" in text
+
+
+def test_an_unreadable_image_costs_no_run(phantom, tmp_path, monkeypatch):
+    """Guards: a batch without an image that ends the run in spite of --skip-bad-images; a finished
+    run whose evaluation is lost to one test image."""
+    folder = shutil.copytree(phantom, tmp_path / "data")
+    for name in ("train_00003.png", "test_00003.png"):
+        (folder / "images" / name).write_bytes(b"no image")
+    flags = ["--data", folder, *FAST, "--steps", 40, "--objectives", "c", "--batch-size", 1,
+             "--workers", 0, "--skip-bad-images", "--out", tmp_path / "j"]
+    with pytest.raises(InputError, match="test_00003.png.*the run is saved.*--resume"):
+        main(monkeypatch, *flags)
+    assert sum(line["loss"] is None for line in log_of(tmp_path / "j")) == 1
+    shutil.copy(phantom / "images" / "test_00003.png", folder / "images")
+    main(monkeypatch, *flags, "--resume")
+    assert json.loads((tmp_path / "j" / "metrics.json").read_text())["n_images"] == 12
 
 
 def test_help_is_the_manual(monkeypatch, capsys):
