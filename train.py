@@ -340,14 +340,10 @@ class Guard:
             raise InputError(f"{self.bad[0]}; --skip-bad-images leaves such images out")
         return all(from_all(len(batch["image"]) > 0))
 
-    def may_step(self, step, losses, parameters, scaler, paths):
-        """Whether losses and gradients are finite (a gradient scaler checks the gradients itself).
+    def may_step(self, step, losses, norm, scaler, paths):
+        """Whether losses and gradient are finite (a gradient scaler checks the gradient itself).
 
         Raises InputError after MAX_SKIPPED steps in a row that were not."""
-        if not losses:                                         # no image could be read
-            self.skipped += 1
-            return False
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if torch.stack(losses)[:, 0].isfinite().all() and (scaler.is_enabled() or norm.isfinite()):
             self.in_a_row = 0
             return True
@@ -572,8 +568,14 @@ Scores, next to a baseline:
 {scores}
 ```
 
-`LoFi.from_pretrained("{out}")` of model.py loads it. LoFi is never taught that a finding is not
-there: it answers almost any phrase with boxes.
+In Python, next to model.py:
+
+    from model import LoFi
+    model = LoFi.from_pretrained("{out}")
+    boxes = model.ground("x.png", ["The heart is enlarged."])
+    report = model.report("x.png")
+
+LoFi is never taught that a finding is not there: it answers almost any phrase with boxes.
 """
 
 
@@ -734,7 +736,7 @@ def main(args=None):
 
     # the loop
     model.train()
-    guard = Guard(args.skip_bad_images)
+    guard, shown = Guard(args.skip_bad_images), {}             # shown: in the bar
     bar = tqdm(range(first, first + 1 if args.dry_run else steps), "train", initial=first,
                total=steps, unit="step", disable=rank > 0)
     for step in bar:
@@ -760,15 +762,18 @@ def main(args=None):
             paths += batch["paths"]
         average_gradients(trainable)
         lr = learning_rate(step, steps, config)
-        if guard.may_step(step, losses, trainable, scaler, paths):
+        if losses:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * lr
                 scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(trainable, config.clip)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
+            if guard.may_step(step, losses, norm, scaler, paths):
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
             scaler.update()
+        else:                                                  # no image could be read
+            guard.skipped += 1
         model.zero_grad()
 
         # log, checkpoint, stop
@@ -780,7 +785,10 @@ def main(args=None):
         if at_checkpoint and split["val"]:
             line["val"] = validate(model, split["val"], args.objectives, batch_size)
         print(json.dumps(line), file=log, flush=True)
-        bar.set_postfix({k: f"{v:.2f}" for k, v in values.items() if v is not None}, refresh=False)
+        if line.get("val"):
+            shown["val"] = f"{line['val']['loss']:.2f}"
+        shown |= {name: f"{value:.2f}" for name, value in values.items() if value is not None}
+        bar.set_postfix(shown, refresh=False)
         if (at_checkpoint or stop and writes) and not guard.in_a_row:
             save_run(out, model, optimizers, scaler, done, settings)
         if stop and done < steps:
