@@ -134,22 +134,23 @@ DENSE_CAPTIONING_PROMPT = "Describe the regions: {boxes}"   # P_d
 TASK_WEIGHT = {"c": 2, "g": 1, "d": 1}
 
 
-def possible_tasks(row, objectives="cgd"):
-    """The tasks that a row can serve: c needs a report, g and d need a region with boxes."""
-    has_boxes = any(region["boxes"] for region in row["regions"])
+def possible_tasks(report, regions, objectives="cgd"):
+    """The tasks that an image can serve: c needs a report, g and d need a region with boxes."""
+    has_boxes = any(region["boxes"] for region in regions)
     return [task for task in TASK_WEIGHT
-            if task in objectives and (row["report"] if task == "c" else has_boxes)]
+            if task in objectives and (report if task == "c" else has_boxes)]
 
 
 def sample_tasks(report, regions, objectives, n_regions, rng):
-    """Draw tau -> its rows (task, prompt, target): one of a report, or up to n_regions of regions.
+    """Draw one task tau for an image -> its rows (task, prompt, target): one for the report, or up
+    to n_regions for the regions; [] if the image has neither.
 
-    [] if the image has neither. A row is one sequence of the LLM; the rows of an image share its
-    vision pass, so several regions cost little."""
-    regions = [region for region in regions if region["boxes"]]
-    tasks = possible_tasks({"report": report, "regions": regions}, objectives)
+    A row is one sequence of the LLM. The rows of an image share its vision pass, so several regions
+    cost little."""
+    tasks = possible_tasks(report, regions, objectives)
     if not tasks:
         return []
+    regions = [region for region in regions if region["boxes"]]
     # Where a task is impossible or not among the objectives, the others share its weight.
     weight = np.array([TASK_WEIGHT[task] for task in tasks], float)
     task = tasks[rng.choice(len(tasks), p=weight / weight.sum())]
@@ -204,7 +205,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def window_levels(values):
-    """(h, w) numbers -> (h, w) uint8: percentiles 0.5 to 99.5 to 0..255, as a radiologist does."""
+    """(h, w) numbers -> (h, w) uint8: percentiles 0.5 to 99.5 to 0..255, like a display window."""
     values = np.nan_to_num(np.asarray(values, np.float32), posinf=0, neginf=0)
     low, high = np.percentile(values, (0.5, 99.5))
     if high <= low:
@@ -244,7 +245,7 @@ def augment(image, regions, size, strength, rng):
     """Randomly crop or pad an image and change its contrast; move its boxes along.
 
     Not stated in the paper. image: PIL "L" of any size. -> ((size, size) uint8, regions). At
-    strength 1 the sides of the window are 0.75 to 1.25 of the image's. There is no flip, which
+    strength 1 the sides of the window are 0.7 to 1.34 of the image's. There is no flip, which
     would swap left and right. A region is dropped if one of its boxes loses a third of its area."""
     def vary(low, high, n=None):
         return strength * rng.uniform(low, high, n)
@@ -405,7 +406,7 @@ def scan_manifest(data):
                 if not line:
                     continue
                 row = json.loads(line)
-                if "\\u" in line:                              # half a surrogate pair is no text
+                if "\\u" in line:                              # a lone surrogate is not text
                     json.dumps(row, ensure_ascii=False).encode()
                 problem = row_problem(row, path.parent)
             except (ValueError, RecursionError) as error:
@@ -414,7 +415,7 @@ def scan_manifest(data):
 
 
 def row_problem(row, folder):
-    """What is invalid about a row of the manifest, in words; None if it is valid."""
+    """An error message for an invalid row of the manifest, else None."""
     if not isinstance(row, dict):
         return f"expected one JSON object a line, got {type(row).__name__}"
     for key, kind in zip(ROW_KEYS, (str, str, str, str, str | None, list | None), strict=True):
@@ -448,7 +449,7 @@ def find_row(rows, image):
 def cut_text(tokenizer, text, length=PROMPT_TOKENS):
     """Cut a text to its first `length` tokens; the first time, say so on stderr."""
     if len(text.encode()) <= length or len(plain_ids(tokenizer, text)) <= length:
-        return text                                            # a token has at least one byte
+        return text                                            # so most texts need no tokenizing
     say_once(f"note: a prompt of over {length} tokens is cut to its first {length}")
     return tokenizer.decode(plain_ids(tokenizer, text)[:length])
 
@@ -681,7 +682,7 @@ def choose_findings(rng):
 
 
 def draw_phantom(job, n=96):
-    """Draw phantom i of a split, save its image of n x n pixels; a pool's task. -> its row."""
+    """Draw and save image i of a split (n x n pixels), in a worker. -> its manifest row."""
     out, split, i, seed = job
     rng = np.random.default_rng([seed, SPLITS.index(split), i])
     canvas, findings, regions = Canvas(rng, n), choose_findings(rng), []
@@ -1221,7 +1222,7 @@ def prepare_covid_cxr(args):
 # ---- check ---------------------------------------------------------------------------------------
 
 def manifest_notes(rows):
-    """What is odd, though valid, about rows of a manifest -> one line each; no image is read."""
+    """Warnings about valid but suspicious rows of a manifest, one line each; reads no image."""
     regions = [region for row in rows for region in row.get("regions") or []]
     boxes = [box for region in regions for box in region["boxes"]]
     patients = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
@@ -1366,4 +1367,4 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         sys.exit(f"data.py: {first_line(error)}")
     except KeyboardInterrupt:
-        sys.exit("data.py: stopped; the same command continues where it was")
+        sys.exit("data.py: stopped; a converter continues where it was")

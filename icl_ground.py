@@ -4,15 +4,16 @@
     python icl_ground.py --data DIR --split test --out P.jsonl     # a set: a row of Table 2
     python icl_ground.py --data DIR --encoders A B --k 20 40       # Table 2, several encoders
     python icl_ground.py --data DIR --lvlm lofi                    # Table 4; or nearest, or prior
-    python icl_ground.py --data DIR --lvlm google/gemma-3-270m     # blind: reads, never sees
+    python icl_ground.py --data DIR --lvlm google/gemma-3-270m     # blind: a text model
 
 The pool images most similar to the query image, by the cosine of E_I, become demonstrations: turns
 of image, phrase and boxes before the query. For one image you will see JSON on stdout and an
 overlay PNG, predictions solid, ground truth dashed; for a set, the columns of Table 2 next to the
-phrase prior. Needs a run of train.py or another encoder, and for MedGemma its weights.
+phrase prior. Needs a run of train.py or another encoder, and for MedGemma its weights; a run of
+the tiny preset answers by its own decoder unless --lvlm is given.
 
-LoFi is never taught that a finding is not there: it answers almost any phrase with boxes. The score
-of an answer (the geometric mean probability of its tokens) is a hint, not a test.
+LoFi is never trained on absent findings: it predicts boxes for almost any phrase. The score of an
+answer (the geometric mean probability of its tokens) is a hint, not a test.
 
 K demonstrations  n phrases of an image  H LLM width
 boxes: (x0, y0, x1, y1), fractions of width and height; box_yxyx_1000: MedGemma's own format
@@ -55,10 +56,10 @@ def parse_args():
         help="order of the demonstrations; not stated in the paper (default: %(default)s)")
 
     add = parser.add_argument_group("grounder").add_argument
-    add("--lvlm", metavar="NAME", help="Gemma 3 id or folder (a text model is blind); lofi: LoFi's "
-        "own decoder (Table 4); nearest: the boxes of the demonstration whose phrase is closest by "
-        "E_T; prior: the phrase's median training box (default: lofi if --checkpoint is a run of "
-        f"the tiny preset, else {MEDGEMMA}, which is gated)")
+    add("--lvlm", metavar="NAME", help="Gemma 3 id or folder (a text model is blind: no images); "
+        "lofi: LoFi's own decoder (Table 4); nearest: the boxes of the demonstration whose phrase is "
+        "closest by E_T; prior: the phrase's median training box (default: lofi if --checkpoint is "
+        f"a run of the tiny preset, else {MEDGEMMA}, which is gated)")
     add("--blind", action="store_true", help="leave all images out of the prompt, to measure what "
         "the demonstrations' text and boxes carry; not in the paper")
     add("--max-new-tokens", type=int, default=512, metavar="N",
@@ -68,7 +69,7 @@ def parse_args():
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of the LVLM; auto is bf16, or fp32 on a CPU (default: auto)")
+        help="type of the LVLM's weights; auto: bf16, on a CPU fp32 (default: auto)")
     add("--plain", action="store_true", help="one processor call and one generate per phrase, as "
         "the method is defined: the same answers, slower")
     add("--batch-size", type=int, default=16, metavar="N",
@@ -90,6 +91,7 @@ import re
 import shlex
 import textwrap
 import time
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -140,7 +142,7 @@ CHAT_TEMPLATE = """\
 
 def turns(path, phrase, demonstrations, order="similar-last", blind=False):
     """Chat messages: the demonstrations (given most similar first), then the query, whose phrase is
-    the end. An image stands once, before the first of its triplets; blind: never."""
+    the end. Each image appears once, before its first triplet; with blind, not at all."""
     groups = [list(group) for _, group in
               itertools.groupby(demonstrations, key=lambda triplet: triplet["path"])]
     if order == "similar-last":
@@ -170,9 +172,9 @@ def images_of(messages):
 
 
 def chat_ids(processor, messages):
-    """The ids of processor.apply_chat_template(messages, tokenize=True), images left unread.
+    """The ids of processor.apply_chat_template(messages, tokenize=True), without reading images.
 
-    processor: of a model that sees, or the tokenizer of a text model."""
+    processor: a multimodal processor, or a text model's tokenizer."""
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if images_of(messages):
         text = text.replace(processor.boi_token, processor.full_image_sequence)
@@ -275,7 +277,7 @@ def leave_one_out(queries, rows):
 
 def top_triplets(queries, query_emb, rows, image_emb, k):
     """C of each query (Sec. 2.0.2): the k triplets of pool rows whose image is most similar by
-    cos(E_I(I), E_I(I_p)), best first, an image's own in their order; and what was left out of it.
+    cos(E_I(I), E_I(I_p)), best first (those of one image keep their order); and what was excluded.
 
     query_emb: (Q, D), image_emb: (N, D), unit length. -> Q lists of triplets, Q sets of indices."""
     own, found = leave_one_out(queries, rows), []
@@ -296,8 +298,8 @@ def find_demonstrations(encoder, queries, query_emb, source, k):
     image_emb = retrieve.image_embeddings(encoder, source, rows)
     found, own = top_triplets(queries, query_emb, rows, image_emb, k)
     say(f"pool of {encoder.source}: {len(rows):,} images of {source}, train and val; "
-        f"leave-one-out: {sum(map(bool, own)):,} of {len(queries):,} query images were kept from "
-        f"{sum(map(len, own)):,} pool images of their patients")
+        f"leave-one-out: {sum(map(bool, own)):,} of {len(queries):,} query images have "
+        f"{sum(map(len, own)):,} pool images of the same patient or file, which are excluded")
     if (fewest := min(map(len, found))) < k:
         say(f"note: --k {k}, but the pool has only {fewest} triplets for an image")
     return found
@@ -364,8 +366,9 @@ class InContext:
         # The longest common prefix of whole prompts, so nothing depends on how the tokenizer merges
         # a phrase with what precedes it; at least one token is left to predict from.
         start = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        features = [self.image_features(image) for image in images_of(chats[0])]
-        features = features and torch.cat(features).to(self.model.device)  # (image tokens, H)
+        images = images_of(chats[0])
+        features = torch.cat([self.image_features(image) for image in images]).to(
+            self.model.device) if images else None             # (image tokens, H)
         prefix, ids = DynamicCache(), torch.tensor([prompts[0][:start]], device=self.model.device)
         self.model(input_ids=ids, past_key_values=prefix, use_cache=True, logits_to_keep=1,
                    **self.vision_inputs(ids, 0, features))
@@ -398,8 +401,8 @@ class InContext:
         """What a forward pass over the ids (n, length) from `start` on needs for its images.
 
         An image token sees the whole of its image, which token_type_ids carries for the whole
-        prompt. features: (image tokens, H) of the prompt, or []; each row takes its last ones."""
-        if not len(features):
+        prompt. features: (image tokens, H) of the prompt, or None; each row takes its last ones."""
+        if features is None:
             return {}
         is_image = ids == self.model.config.image_token_id
         counts = is_image[:, start:].sum(1).tolist()
@@ -516,7 +519,7 @@ def prior_answers(prior, rows, found=None):
 
 # ---- the picture of an answer -------------------------------------------------------------------
 
-GREEN = "#35e0c8"                                      # ground truth
+TURQUOISE = "#35e0c8"                                      # ground truth
 
 
 def dashed(pen, x0, y0, x1, y1, colour, dash=12):
@@ -530,10 +533,9 @@ def dashed(pen, x0, y0, x1, y1, colour, dash=12):
 
 
 def outcome(answer):
-    """What came of a query, in a few words."""
-    words = "predicted" if answer["pred"] else "no box predicted"
-    if answer["malformed"]:
-        words = "reply could not be read, no box"
+    """A short status for captions and messages."""
+    words = ("malformed reply, no box" if answer["malformed"] else
+             "predicted" if answer["pred"] else "no box predicted")
     return words + (f", score {answer['score']:.2f}" if "score" in answer else "")
 
 
@@ -546,7 +548,7 @@ def overlay(image, answers, longest=768):
         text = f"{answer['phrase']} ({outcome(answer)})"
         labels += [(line, colour) for line in textwrap.wrap(text, max(12, size[0] // 11))]
     if any(answer["boxes"] for answer in answers):
-        labels.append(("dashed: ground truth", GREEN))
+        labels.append(("dashed: ground truth", TURQUOISE))
     sheet = Image.new("RGB", (size[0], size[1] + 26 * len(labels) + 12))
     sheet.paste(image.resize(size))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
@@ -556,7 +558,7 @@ def overlay(image, answers, longest=768):
         for box in answer["pred"]:
             pen.rectangle([v * (n - 1) for v, n in zip(box, size * 2)], outline=colour, width=4)
         for box in answer["boxes"]:
-            dashed(pen, *(v * (n - 1) for v, n in zip(box, size * 2)), GREEN)
+            dashed(pen, *(v * (n - 1) for v, n in zip(box, size * 2)), TURQUOISE)
     return sheet
 
 
@@ -565,23 +567,23 @@ def overlay(image, answers, longest=768):
 def read_answered(out, asked, settings):
     """Prepare a predictions file to continue -> Counter of the (image, phrase) that it answers.
 
-    A last line that was half written is dropped. The settings are kept in a file next to it.
-    Raises InputError if its rows have other settings, were not asked for, or are there twice."""
+    A half-written last line is dropped. The settings are kept in a file next to it. Raises
+    InputError if the rows have other settings, are duplicates, or match no phrase that is asked."""
     kept, now = out.with_suffix(".settings.json"), json.dumps(settings, indent=2)
     before = kept.read_text(errors="replace") if out.stat().st_size and kept.exists() else now
     old, new = ({line.strip(" ,") for line in text.splitlines()} for text in (before, now))
     if old != new:
         raise InputError(f"{out}: was made with {', '.join(sorted(old - new))}, now "
-                         f"{', '.join(sorted(new - old))}; repeat the same flags, or choose "
-                         "another --out")
+                         f"{', '.join(sorted(new - old))}; use the same flags, or choose another "
+                         "--out")
     metrics.write_json(kept, settings)
     os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
     predictions = metrics.read_predictions(out) if out.stat().st_size else []
     answered = Counter((row["image"], row["phrase"]) for row in predictions)
     if extra := answered - asked:
         [((image, phrase), _)] = extra.most_common(1)
-        raise InputError(f"{out}: {extra.total():,} of its rows were not asked for, or are there "
-                         f"twice ({phrase!r:.60} on {image}); choose another --out")
+        raise InputError(f"{out}: {extra.total():,} rows are duplicates or match no phrase of this "
+                         f"set ({phrase!r:.60} on {image}); choose another --out")
     return answered
 
 
@@ -604,11 +606,17 @@ def ground_set(rows, ground, found, out, settings):
     with metrics.lock(out) if rank == 0 else contextlib.nullcontext() as file:
         answered = gather(read_answered(out, asked, settings) if rank == 0 else None)[0]
         if answered:
-            say(f"{out}: {answered.total():,} phrases were done before, continuing")
-        # the rows with the phrases that are left, and their triplets
-        jobs = [({**row, "regions": left}, triplets) for row, triplets in zip(rows, found)
-                if (left := [region for region in row["regions"]
-                             if (row["image"], region["phrase"]) not in answered])]
+            say(f"{out}: resuming, {answered.total():,} phrases are already answered")
+        jobs = []                                              # rows with the phrases that are left
+        for row, triplets in zip(rows, found):
+            left = []
+            for region in row["regions"]:
+                if answered[row["image"], region["phrase"]]:
+                    answered[row["image"], region["phrase"]] -= 1
+                else:
+                    left.append(region)
+            if left:
+                jobs.append(({**row, "regions": left}, triplets))
         n = world * (1 if isinstance(ground, InContext) else IMAGES_AT_ONCE)
         bar = tqdm(range(0, len(jobs), n), out.stem, unit="round", disable=rank > 0)
         n_malformed = 0
@@ -632,13 +640,14 @@ def ground_set(rows, ground, found, out, settings):
 def check_args(args):
     """Reject invalid flags before anything is loaded. Raises InputError."""
     least_k, suffix = 1 if args.lvlm == "nearest" else 0, ".png" if args.image else ".jsonl"
-    for wrong, problem in (
-            ((args.image is None) != (not (args.phrase or "").strip()),
+    has_phrase = bool((args.phrase or "").strip())
+    for wrong, problem in (                                    # (condition of an error, message)
+            (bool(args.image) != has_phrase,
              "--image and --phrase go together: an image, and the sentence to find on it"),
             (min(args.k) < least_k, f"--k {min(args.k)}: expected {least_k} or more"),
             (args.max_new_tokens < 1, "--max-new-tokens: expected 1 or more"),
             (args.batch_size < 1, "--batch-size: expected 1 or more"),
-            (not args.feature_cache_gb >= 0, "--feature-cache-gb: expected 0 or more"),    # NaN too
+            (not 0 <= args.feature_cache_gb < 1e6, "--feature-cache-gb: expected 0 or more"),  # NaN
             (args.lvlm in ("nearest", "prior") and args.show_prompt,
              f"--show-prompt: --lvlm {args.lvlm} sends no prompt"),
             (args.lvlm in ("lofi", "nearest", "prior") and (args.blind or args.plain),
@@ -716,7 +725,8 @@ def main(args=None):
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     check_args(args)
-    began, device, (rank, _) = time.time(), find_device(args.device), join_processes()
+    began, device = time.time(), find_device(args.device)
+    rank, _ = join_processes()
 
     # ---- defaults that follow from other flags; a missing run is named before missing weights
     lvlm = args.lvlm or default_lvlm(args)
@@ -745,11 +755,11 @@ def main(args=None):
         if not rows:
             raise InputError(f"{source}: no phrase with boxes in split {args.split!r}; expected "
                              'rows with "regions"')
-        n, n_all = (sum(len(row["regions"]) for row in some) for some in (rows, of_split))
-        say(f"{n:,} phrases with boxes on {len(rows):,} images of {source}, {args.split}; left out "
-            f"{n_all - n:,} phrases without")
+        n_phrases, n_all = (sum(len(row["regions"]) for row in part) for part in (rows, of_split))
+        say(f"{n_phrases:,} phrases with boxes on {len(rows):,} images of {source}, {args.split}; "
+            f"{n_all - n_phrases:,} phrases without boxes are left out")
         folder = data.manifest_path(source).resolve().parent.name
-        name = Path(lvlm).name + "_blind" * args.blind
+        name = Path(lvlm).name + ("_blind" if args.blind else "")
         out = Path(args.out or f"runs/{folder}_{args.split}_{name}.jsonl")
     check_outputs(args, out, {source, pool} - {None}, {args.checkpoint, *encoders})
 
@@ -761,36 +771,41 @@ def main(args=None):
         ground = functools.partial(prior_answers, metrics.phrase_prior(training))
     elif lvlm != "nearest":                                    # nearest needs its encoder, below
         ground = load_lvlm(lvlm, device, args)
-        title += " (blind)" * ground.blind
+        title += " (blind)" if ground.blind else ""
         settings |= {"blind": ground.blind, "dtype": str(ground.model.dtype),
                      "max_new_tokens": args.max_new_tokens}
 
     # ---- demonstrations and answers, with each encoder and k
     results, files = {}, []
-    for checkpoint, k in itertools.product(encoders, ks):
+    for checkpoint in encoders:
+        found = [[] for _ in rows]
         with contextlib.redirect_stdout(sys.stderr if args.image else sys.stdout):
-            found = [[]] * len(rows)
-            if k > 0:
+            if any(ks):
                 encoder = Encoder.load(checkpoint, device)
                 query_emb = (encoder.encode_image(args.image).cpu() if args.image else
                              retrieve.image_embeddings(encoder, source, rows))     # (Q, D)
-                found = find_demonstrations(encoder, rows, query_emb, pool, k)
-            if lvlm == "nearest":
-                ground = functools.partial(nearest_answers, encoder)
+                found = find_demonstrations(encoder, rows, query_emb, pool, max(ks))
+                if lvlm == "nearest":
+                    ground = functools.partial(nearest_answers, encoder)
             if args.show_prompt:
-                say(shown_prompt(ground, rows[0], found[0]))
+                say(shown_prompt(ground, rows[0], found[0][:ks[0]]))
         if args.image:
-            [answer] = ground(rows, found)
+            [answer] = ground(rows, found)                     # InContext.__call__ for an LVLM
             print_answer(answer, out, lvlm=lvlm, n_demonstrations=len(found[0]))
             print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
                   f"{args.checkpoint} --data {source or 'DIR'}", file=sys.stderr)
             return
+        weights = Path(checkpoint, "model.safetensors")        # the run may be trained again
         settings |= {"data": str(Path(source).resolve()), "pool": str(Path(pool).resolve()),
-                     "encoder": checkpoint, "k": k}
-        part = "_" + re.sub(r"[^\w-]+", "_", checkpoint).strip("_") + f"_k{k}"
-        files.append(out.with_stem(out.stem + part * (len(encoders) * len(ks) > 1)))
-        results[f"{title}, {checkpoint}, k={k}" if any(ks) else title] = ground_set(
-            rows, ground, found, files[-1], settings)
+                     "encoder": checkpoint,
+                     "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None}
+        for k in ks:
+            several = len(encoders) * len(ks) > 1
+            part = "_" + re.sub(r"[^\w-]+", "_", checkpoint).strip("_") + f"_k{k}"
+            files.append(out.with_stem(out.stem + part) if several else out)
+            results[f"{title}, {checkpoint}, k={k}" if any(ks) else title] = ground_set(
+                rows, ground, [triplets[:k] for triplets in found], files[-1],
+                {**settings, "k": k})
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
@@ -803,13 +818,13 @@ def main(args=None):
         prior = metrics.grounding_metrics(answers)
         table["phrase prior"] = {"grounding": prior}
         results = {name: {**result, "prior": prior} for name, result in results.items()}
-    print(f"\ngrounding of {n:,} phrases, % [95 % interval over images]")
+    print(f"\ngrounding of {n_phrases:,} phrases, % [95 % interval over images]")
     print(metrics.grounding_table(table))
     for name, result in results.items():
         print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
     if args.json:
-        metrics.write_json(args.json, results if len(results) > 1 else result)
-    print(f"\n{time.time() - began:.0f} s in all. Next: python metrics.py "
+        metrics.write_json(args.json, results if len(results) > 1 else results[name])
+    print(f"\n{time.time() - began:.0f} s in total. Next: python metrics.py "
           + shlex.join(map(str, files)))
 
 

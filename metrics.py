@@ -148,7 +148,7 @@ def auroc(scores, labels):
 # ---- boxes ---------------------------------------------------------------------------------------
 
 def box_problem(box):
-    """What is invalid about a box [x0, y0, x1, y1] of fractions, in words; None if it is valid."""
+    """An error message for an invalid box, expected [x0, y0, x1, y1] in fractions; else None."""
     if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
         return "is not a list of 4 numbers"
     if not all(abs(v) < np.inf for v in box):                    # NaN compares as False
@@ -314,7 +314,7 @@ def phrase_prior(rows):
 # ---- the predictions file and the command --------------------------------------------------------
 
 def row_problem(row):
-    """What is invalid about a row of a predictions file, in words; None if it is valid."""
+    """An error message for an invalid row of a predictions file, else None."""
     if not isinstance(row, dict):
         return f"got {row!r:.60}, expected a JSON object (see --help)"
     kinds = {"image": [str], "phrase": [str], "boxes": [list], "pred": [list],

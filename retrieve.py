@@ -60,9 +60,9 @@ def parse_args():
         if value is not None and value < 1:
             parser.error(f"{flag}: got {value}, expected 1 or more")
     if args.text is not None and not args.text.strip():
-        parser.error("--text: is empty, expected a sentence such as 'No pleural effusion.'")
+        parser.error("--text is empty, expected a sentence such as 'No pleural effusion.'")
     if not all(category.strip(" .") for category in args.categories or []):
-        parser.error("--categories: one is empty, expected words such as 'pleural effusion'")
+        parser.error("--categories has an empty string, expected words such as 'pleural effusion'")
     if len(args.checkpoint) > 1 and (args.image or args.text):
         parser.error(f"--checkpoint: got {len(args.checkpoint)}, expected one for a search")
     return args
@@ -105,7 +105,7 @@ def text_embeddings(encoder, texts, batch_size=256):
     tokenizer, length = encoder.text_tokenizer, encoder.text_length
     n_cut = sum(len(data.plain_ids(tokenizer, text.lower())) > length - 1 for text in texts)
     if n_cut:
-        say(f"cut to the text encoder's {length} tokens: {n_cut:,} of {len(texts):,} texts")
+        say(f"truncated {n_cut:,} of {len(texts):,} texts to the text encoder's {length} tokens")
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     unique = list(place)
     emb = torch.cat([encoder.encode_text(unique[i:i + batch_size]).cpu()
@@ -115,7 +115,7 @@ def text_embeddings(encoder, texts, batch_size=256):
 
 def cache_file(encoder, path, rows):
     """RUN/embeddings/DATA-HASH.safetensors, or below runs/ for a model id. The hash is of all that
-    the embeddings depend on: the weights, the image size, the images and their order."""
+    the embeddings depend on: weights, image size, and the images' names, sizes, times and order."""
     digest = hashlib.sha256(f"{encoder.image_size}".encode())
     for name, tensor in encoder.siglip.vision_model.state_dict().items():
         digest.update(name.encode())
@@ -157,15 +157,15 @@ def image_embeddings(encoder, path, rows, batch_size=64):
     if rank == 0:
         try:
             write_weights(file, {"emb": emb})
-        except InputError as error:                            # a full disk costs only the reuse
-            print(f"the embeddings are not kept: {error}")
+        except InputError as error:                            # a full disk: not fatal
+            print(f"note: the embeddings are not cached: {error}")
     if world > 1:
-        dist.barrier()                                         # none looks for a file half-way
+        dist.barrier()                                         # wait until the file is written
     return emb
 
 
 def check_k(k, n):
-    """Raise InputError if a pool of n has no k neighbours."""
+    """Raise InputError unless 1 <= k <= n, the images of the pool."""
     if n < 1:
         raise InputError("the pool has no other image; take a larger one (--data, --split)")
     if not 1 <= k <= n:
@@ -212,11 +212,11 @@ def chance(table):
     return {"i2t": metrics.chance_recall(own, owner), "t2i": metrics.chance_recall(owner, own)}
 
 
-def print_table_1(results, chance):
-    """Table 1 in percent: {model: {"i2t": .., "t2i": ..}}, and chance of the same form."""
+def print_table_1(results, by_chance):
+    """Table 1 in percent: {model: {"i2t": .., "t2i": ..}}, and chance in the same form."""
     for way, name in (("i2t", "Image-to-Text"), ("t2i", "Text-to-Image")):
-        rows = [(name, *chance[way])]
-        for model, result in {**results, "chance": chance}.items():
+        rows = [(name, *by_chance[way])]
+        for model, result in {**results, "chance": by_chance}.items():
             rows.append((model, *(f"{100 * value:.2f}" for value in result[way].values())))
         print(f"\n{format_table(rows)}")
 
@@ -228,8 +228,8 @@ def words_of(row):
     return row["report"] or " ".join(region["phrase"] for region in row["regions"])
 
 
-def names(sentence, category):
-    """Whether a sentence names the category, in singular or plural, and does not deny it."""
+def mentions(sentence, category):
+    """Whether a sentence mentions the category, in singular or plural, and does not negate it."""
     named = rf"\b{re.escape(category.strip(' .'))}(s|es)?\b"
     denied = r"\b(no|not|without|free of)\b"
     return bool(re.search(named, sentence, re.I)) and not re.search(denied, sentence, re.I)
@@ -238,11 +238,11 @@ def names(sentence, category):
 def category_scores(encoder, rows, image_emb, category):
     """-> {"n_images", "AUROC", "P@1", .., "P@10"}; AUROC is None if all images show it, or none.
 
-    The prompt is the mean E_T of the 20 most common sentences that name the category, or "Nodule."
-    if there are none. AUROC is of its cosine minus that of "No nodule."; P@K is the share of the K
-    images nearest to the prompt that show it."""
+    The prompt is the mean E_T of the 20 most common sentences of these rows that mention the
+    category, or "Nodule." if there are none. AUROC is of its cosine minus that of "No nodule.";
+    P@K is the share of the K images nearest to the prompt that show it."""
     sentences = [[sentence for sentence in data.split_sentences(words_of(row))
-                  if names(sentence, category)] for row in rows]
+                  if mentions(sentence, category)] for row in rows]
     labels = np.array([len(naming) > 0 for naming in sentences])
     common = Counter(sentence for naming in sentences for sentence in naming).most_common(20)
     word = category.lower().strip(" .")
@@ -304,7 +304,7 @@ def heat_map_sheet(encoder, rows, categories, most=4):
     cells = []
     for category in categories:
         shown = [(row, region) for row in rows for region in row["regions"]
-                 if region["boxes"] and names(region["phrase"], category)]
+                 if region["boxes"] and mentions(region["phrase"], category)]
         for row, region in shown[:most]:
             heat = encoder.heat_map(row["path"], [region["phrase"]])[0].cpu().numpy()
             picture = over_image(heat, data.load_image(row["path"]))
@@ -336,8 +336,8 @@ def trained_on(checkpoint):
     for path in (own, DEFAULT_DATA):
         if Path(path).exists() and Path(path).name == Path(own).name:
             return path
-    raise InputError(f"{checkpoint}: its data {own} are not there (were they moved?); give --data, "
-                     "a folder with manifest.jsonl")
+    raise InputError(f"{checkpoint}: {own}, its data, cannot be found; give --data, a folder with "
+                     "manifest.jsonl")
 
 
 def search(query_emb, pool, image_emb, k):
@@ -372,11 +372,11 @@ def main(args=None):
                          f"splits are {', '.join(sorted({row['split'] for row in rows}))}")
     own = data.find_row(rows, args.image) if args.image else None
     others = [i for i, row in enumerate(pool) if row is not own]
-    table = data.sub_report_table(pool)
+    images, texts, _ = table = data.sub_report_table(pool)
     if searching:
         k = args.k or min(5, len(others))
         check_k(k, len(others))
-    elif not table[1]:
+    elif not texts:
         raise InputError("no image of the split has a report, and Table 1 ranks reports; give "
                          "other --data or --split, or search with --image")
     inputs = [data.manifest_path(path), *(row["path"] for row in rows), *filter(None, [args.image]),
@@ -392,7 +392,7 @@ def main(args=None):
         began, encoder = time.time(), Encoder.load(source, device)
         image_emb = image_embeddings(encoder, path, pool, args.batch_size)
         if rank == 0 and not searching:
-            result = {**table_1(encoder, table, image_emb), "n_images": len(table[0])}
+            result = {**table_1(encoder, table, image_emb), "n_images": len(images)}
             if args.categories:
                 result["categories"] = {name: category_scores(encoder, pool, image_emb, name)
                                         for name in args.categories}
@@ -403,10 +403,10 @@ def main(args=None):
     if rank > 0:
         return
 
-    # ---- print and write
+    # ---- print and write; a search has one checkpoint
     title, phrase = f"{path}, split {args.split}", args.text or "left pleural effusion"
     if searching:
-        left_out = "; the query is in this pool and left out" if len(others) < len(pool) else ""
+        left_out = "; the query itself is left out" if len(others) < len(pool) else ""
         print(f"{source} on {len(others):,} images of {title}{left_out}")
         query_emb = (encoder.encode_image(args.image).cpu() if args.image
                      else text_embeddings(encoder, [args.text]))                   # (1, D)
@@ -424,7 +424,7 @@ def main(args=None):
         command = ["icl_ground.py", "--checkpoint", source, "--lvlm", *how, "--image",
                    args.image or found[0]["path"], "--phrase", phrase]
     else:
-        print(f"\nTable 1 on {title}: {len(table[0]):,} images, one a study, and {len(table[1]):,} "
+        print(f"\nTable 1 on {title}: {len(images):,} images, one per study, and {len(texts):,} "
               "sub-reports; %")
         print_table_1(results, chance(table))
         if args.categories:

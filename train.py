@@ -637,7 +637,7 @@ def read_rows(path, objectives):
         say(f"note: {note}")
     split = {name: [row for row in rows if row["split"] == name] for name in data.SPLITS}
     usable = [row for row in split["train"]
-              if data.possible_tasks(row, objectives)
+              if data.possible_tasks(row["report"], row["regions"], objectives)
               or "s" in objectives and (row["report"] or row["regions"])]
     if not usable:
         raise InputError(f"{path}: no row with split 'train' has what --objectives {objectives} "

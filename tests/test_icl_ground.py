@@ -586,7 +586,7 @@ def test_a_set_goes_on_where_it_was_stopped(call, phantom, run_dir):
     with open("p.jsonl", "wb") as file:
         file.write(b"".join(lines[:7]) + lines[7][:20])
     again, _ = call(*args, "--k", 4)
-    assert sorted(open("p.jsonl", "rb")) == sorted(lines) and "7 phrases were done before" in again
+    assert sorted(open("p.jsonl", "rb")) == sorted(lines) and "7 phrases are already answered" in again
     table = [line for line in whole.splitlines() if line.startswith(("nearest", "phrase prior"))]
     assert len(table) == 3 and all(line in again for line in table)
     scores = json.load(open("p.json"))
@@ -605,7 +605,7 @@ def test_a_set_is_not_continued_in_another_precision(call, phantom, run_dir, lvl
     args = ("--data", phantom, "--lvlm", lvlm_dir, "--k", 0, "--max-new-tokens", 1, "--checkpoint",
             run_dir, "--device", "cpu", "--out", "p.jsonl", "--precision")
     call(*args, "fp32")
-    assert "phrases were done before" in call(*args, "auto")[0]
+    assert "phrases are already answered" in call(*args, "auto")[0]
     with pytest.raises(InputError, match='float32", now "dtype": "torch.bfloat16"'):
         call(*args, "bf16")
 
@@ -698,7 +698,7 @@ def test_overlay_gives_each_phrase_its_colour_and_says_what_has_no_box():
             rgb = tuple(int(colour[i:i + 2], 16) for i in (1, 3, 5))
             assert (sheet[300:] == rgb).all(2).any()
     assert [icl_ground.outcome(a) for a in (answer(), answer(malformed=True), answer(box, score=0.5)
-            )] == ["no box predicted", "reply could not be read, no box", "predicted, score 0.50"]
+            )] == ["no box predicted", "malformed reply, no box", "predicted, score 0.50"]
 
 
 # ---- first contact, and what must not be overwritten --------------------------------------------
@@ -780,7 +780,7 @@ def test_a_file_of_another_process_or_of_other_queries_is_refused(call, phantom,
     for extra in (whole.splitlines()[0], json.dumps({**json.loads(whole.splitlines()[0]),
                                                      "phrase": "Never asked."})):
         (tmp_path / "p.jsonl").write_text(whole + extra + "\n")
-        with pytest.raises(InputError, match="1 of its rows were not asked for, or are there"):
+        with pytest.raises(InputError, match="1 rows are duplicates or match no phrase"):
             call(*args)
     (tmp_path / "p.jsonl").write_text(whole)
     for damaged in ("{", "[1]", "\0"):

@@ -222,14 +222,14 @@ def test_embeddings_without_a_place_to_keep_them(encoder, phantom, rows, tmp_pat
     shutil.rmtree("runs")
     Path("runs").write_text("a file where the folder should be")
     assert len(retrieve.image_embeddings(encoder, phantom, rows[:4])) == 4
-    assert "not kept" in capsys.readouterr().out
+    assert "not cached" in capsys.readouterr().out
 
 
 def test_long_texts_are_cut_and_said(encoder, capsys):
     """Guards: a text cut in silence; equal texts with embeddings that differ."""
     texts = ["No nodule.", "No nodule. " * 40, "No nodule."]
     emb = retrieve.text_embeddings(encoder, texts, batch_size=1)
-    assert "cut to the text encoder's 32 tokens: 1 of 3 texts" in capsys.readouterr().out
+    assert "truncated 1 of 3 texts to the text encoder's 32 tokens" in capsys.readouterr().out
     assert torch.equal(emb[0], emb[2]) and emb.shape == (3, 32)
     with torch.no_grad():
         assert torch.allclose(emb, encoder.encode_text(texts), atol=1e-6)
@@ -342,7 +342,7 @@ def test_table_1_for_several_checkpoints(encoder, phantom, tmp_path, monkeypatch
     ("Masses in both lungs.", "mass", True), ("Left pleural effusion.", "pleural effusion", True)])
 def test_a_category_is_named_by_whole_words(sentence, category, expected):
     """Guards: "massive" counted as a mass; a sentence that denies the finding."""
-    assert retrieve.names(sentence, category) == expected
+    assert retrieve.mentions(sentence, category) == expected
 
 
 def test_categories_by_hand(encoder, phantom, tmp_path, monkeypatch, capsys):
@@ -444,7 +444,7 @@ def test_search_by_text(encoder, phantom, tmp_path, monkeypatch, capsys):
     assert [row["similarity"] for row in found] == pytest.approx(
         sorted(values.values(), reverse=True)[:20], abs=1e-5)
     assert all(row["similarity"] == pytest.approx(values[row["image"]], abs=1e-5) for row in found)
-    assert "cut to the text encoder's 32 tokens" in text and Path("runs/retrieve.png").is_file()
+    assert "to the text encoder's 32 tokens" in text and Path("runs/retrieve.png").is_file()
 
 
 def test_a_copy_of_the_query_is_known_by_its_bytes(encoder, phantom, tmp_path, monkeypatch, capsys):
@@ -493,7 +493,7 @@ def test_no_output_replaces_an_input(encoder, phantom, tmp_path, monkeypatch, ca
 def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_path, monkeypatch):
     """Guards: a run searched on the phantom that was trained on something else."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="runs/phantom_data are not there.*--data"):
+    with pytest.raises(InputError, match="runs/phantom_data cannot be found; give --data"):
         retrieve.trained_on(encoder.source)
     shutil.copytree(phantom, "runs/phantom_data")
     assert retrieve.trained_on(encoder.source) == "runs/phantom_data"
@@ -529,8 +529,8 @@ def test_invalid_input_gets_one_line(encoder, phantom, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--text", " "), "--text: is empty"), (("--batch-size", "0"), "1 or more"),
-    (("--categories", " ."), "one is empty"), (("--k", "0"), "1 or more"),
+    (("--text", " "), "--text is empty"), (("--batch-size", "0"), "1 or more"),
+    (("--categories", " ."), "an empty string"), (("--k", "0"), "1 or more"),
     (("--categories", "nodule", "--text", "x"), "not allowed with"), (("--wrong",), "--wrong"),
     (("--checkpoint", "a", "b", "--text", "x"), "expected one for a search")])
 def test_a_wrong_flag_is_one_line(tmp_path, flags, words):
