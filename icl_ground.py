@@ -12,8 +12,8 @@ overlay PNG, predictions solid, ground truth dashed; for a set, the columns of T
 phrase prior. Needs a run of train.py or another encoder, and for MedGemma its weights; a run of
 the tiny preset answers by its own decoder unless --lvlm is given.
 
-LoFi is never trained on absent findings: it predicts boxes for almost any phrase. The score of an
-answer (the geometric mean probability of its tokens) is a hint, not a test.
+LoFi is never taught that a finding is absent, so it predicts boxes for almost any phrase. The score
+of an answer, the geometric mean probability of its tokens, is a hint, not a test.
 
 K demonstrations  n phrases of an image  H LLM width
 boxes: (x0, y0, x1, y1), fractions of width and height; box_yxyx_1000: MedGemma's own format
@@ -57,9 +57,9 @@ def parse_args():
 
     add = parser.add_argument_group("grounder").add_argument
     add("--lvlm", metavar="NAME", help="Gemma 3 id or folder (a text model is blind: no images); "
-        "lofi: LoFi's own decoder (Table 4); nearest: the boxes of the demonstration whose phrase is "
-        "closest by E_T; prior: the phrase's median training box (default: lofi if --checkpoint is "
-        f"a run of the tiny preset, else {MEDGEMMA}, which is gated)")
+        "lofi: LoFi's own decoder (Table 4); nearest: the boxes of the demonstration whose phrase "
+        "is closest by E_T; prior: the phrase's median training box (default: lofi if --checkpoint "
+        f"is a run of the tiny preset, else {MEDGEMMA}, which is gated)")
     add("--blind", action="store_true", help="leave all images out of the prompt, to measure what "
         "the demonstrations' text and boxes carry; not in the paper")
     add("--max-new-tokens", type=int, default=512, metavar="N",
