@@ -130,7 +130,8 @@ GROUNDING_PROMPT = "Detect all instances of: {phrase}"      # P_g
 DENSE_CAPTIONING_PROMPT = "Describe the regions: {boxes}"   # P_d
 
 # tau of L_t and its weight: L_c and L_g,d "contribute equally" (Sec. 2.0.1), so captioning is
-# drawn half of the time, grounding and dense captioning a quarter each.
+# drawn half of the time, grounding and dense captioning a quarter each. (With several regions of an
+# image in a step, as in the miniature, g and d have more rows, and so more weight.)
 TASK_WEIGHT = {"c": 2, "g": 1, "d": 1}
 
 
@@ -205,7 +206,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def window_levels(values):
-    """(h, w) numbers -> (h, w) uint8: percentiles 0.5 to 99.5 to 0..255, like a display window."""
+    """(h, w) numbers -> (h, w) uint8: percentiles 0.5 to 99.5 become 0 and 255."""
     values = np.nan_to_num(np.asarray(values, np.float32), posinf=0, neginf=0)
     low, high = np.percentile(values, (0.5, 99.5))
     if high <= low:
@@ -406,7 +407,7 @@ def scan_manifest(data):
                 if not line:
                     continue
                 row = json.loads(line)
-                if "\\u" in line:                              # a lone surrogate is not text
+                if "\\u" in line:                              # reject lone surrogates
                     json.dumps(row, ensure_ascii=False).encode()
                 problem = row_problem(row, path.parent)
             except (ValueError, RecursionError) as error:

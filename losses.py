@@ -1,6 +1,6 @@
 """The four objectives of LoFi and their total (Sec. 2.0.1, Eq. 1 to 3), each a pure function.
 
-B images  D shared width  R rows of the LLM (visual tokens, prompt, target)  L tokens of a row
+B images  D shared width  R rows of the LLM  L prompt and target tokens of a row
 N target tokens of all rows  H width of the LLM
 nll: (R,) -log p_LLM(target | image, prompt) of each row  task: (R,) its tau, an index in TASKS
 """
@@ -25,20 +25,20 @@ def sigmoid_loss(image_emb, text_emb, t, b):
 
 
 def captioning_loss(nll, task):
-    """Eq. 2: L_c = -E log p_LLM(T | E_I(I), P_c), the report. nll, task: (R,). Returns a scalar.
+    """Eq. 2: L_c = -1/R sum over captioning rows of log p_LLM(T | E_I(I), P_c), T the report.
 
-    nll: from autoregressive_nll, below. Each image draws one task; L_c, L_g and L_d are divided by
-    all R rows, so that their sum is the mean of nll. A task that no row has gives 0."""
+    nll, task: (R,). Returns a scalar. L_c, L_g and L_d are each divided by all R rows, not by their
+    own, so that their sum is the mean over rows, in which the draw of tau weighs the tasks."""
     return nll[task == TASKS.index("c")].sum() / max(1, len(nll))
 
 
 def grounding_loss(nll, task):
-    """Eq. 3: L_g = -E log p_LLM(b | E_I(I), P_g, s), the boxes of a sentence. nll, task: (R,)."""
+    """Eq. 3: L_g = -1/R sum over grounding rows of log p_LLM(b | E_I(I), P_g, s), b the boxes."""
     return nll[task == TASKS.index("g")].sum() / max(1, len(nll))
 
 
 def dense_captioning_loss(nll, task):
-    """After Eq. 3: L_d = -E log p_LLM(s | E_I(I), P_d, b), the boxes' sentence. nll, task: (R,)."""
+    """After Eq. 3: L_d = -1/R sum over the other rows of log p_LLM(s | E_I(I), P_d, b)."""
     return nll[task == TASKS.index("d")].sum() / max(1, len(nll))
 
 

@@ -89,7 +89,7 @@ TINY_TOWER = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4,
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The paper's setting; TINY below is the miniature. Sizes count only when nothing is loaded."""
+    """The paper's setting. vision, text and decoder are used only for parts built from scratch."""
     preset: str = "paper"
     encoder: str | None = "google/siglip2-so400m-patch16-512"   # E_I and E_T           (Sec. 2.0.4)
     llm: str | None = "google/gemma-3-270m"                     # LLM                   (Sec. 2.0.4)
@@ -103,7 +103,7 @@ class Config:
     epochs: int | None = 10         #                                                   (Sec. 2.0.4)
     steps: int | None = None        # whichever of steps and epochs ends first
     batch_size: int = 16            #                                                   (Sec. 2.0.4)
-    min_batches: int = 1            # of an epoch; on a small set the batch shrinks to give them
+    min_batches: int = 1            # of an epoch, at least; a small set gets smaller batches
     muon_lr: float = 0.0            # rate of Muon for hidden matrices, as a share of lr; 0: AdamW
     text_lr: float = 1.0            # rate of the text tower, as a share of the others'
     scale_lr: float = 1.0           # rate of t' and b, as a share of lr
@@ -115,7 +115,7 @@ class Config:
     answer_tokens: int = 160        # of boxes (nine) or a phrase; not stated in the paper
     augment: float = 0.0            # strength of augmentation; not stated in the paper
     cache: bool = False             # keep decoded images in memory
-    vocab_size: int = 32_000        # at most, of a tokenizer learned where none can be loaded
+    vocab_size: int = 32_000        # at most, of a tokenizer that is learned from the texts
     vision: dict = dataclasses.field(default_factory=lambda: dict(
         SIGLIP2_400M, image_size=512, patch_size=16))
     text: dict = dataclasses.field(default_factory=lambda: dict(
@@ -169,9 +169,10 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.register_buffer("place", grid_code(round(n_patches ** 0.5), width, heads),
                              persistent=False)                                     # (P, D_v)
+        # V = 64: all places of an 8 x 8 grid; other V: evenly spaced ones of the next larger grid
         code = grid_code(math.ceil(n_queries ** 0.5), width, heads)
         chosen = torch.linspace(0, len(code) - 1, n_queries).round().long()
-        self.queries = nn.Parameter(2 * code[chosen])                              # (V, D_v)
+        self.queries = nn.Parameter(2 * code[chosen])     # 2: sharper attention    (V, D_v)
         self.norm_patches = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
@@ -207,9 +208,8 @@ def build_encoder(config, batch_size=None):
         place = siglip.vision_model.embeddings.position_embedding.weight
         place.copy_(grid_code(round(len(place) ** 0.5), place.shape[1],
                               config.vision["num_attention_heads"]))
-        # SigLIP reads the text embedding off the last position, often a padding token. So that it
-        # starts as about the mean of the words, whatever their order and number: token embeddings
-        # larger, position embeddings smaller, padding zero.
+        # SigLIP pools the text at its last position, often padding. Larger token embeddings and
+        # smaller position embeddings make the first output about the mean of the words.
         words = siglip.text_model.embeddings
         words.token_embedding.weight.mul_(3)
         words.token_embedding.weight[config.text["pad_token_id"]].zero_()
@@ -231,7 +231,7 @@ def build_llm(config):
 
 @torch.no_grad()
 def zero_residual_branches(part):
-    """Training from scratch starts faster where attention and MLP of each layer first add 0."""
+    """Zero the last matrix of attention and MLP: layers start as the identity and learn faster."""
     for name, p in part.named_parameters():
         if re.search(r"layers.*\.(out_proj|o_proj|fc2|down_proj)\.weight", name):
             p.zero_()
@@ -349,15 +349,16 @@ class LoFi(Encoder):
 
     @classmethod
     def build(cls, config, texts=(), batch_size=None):
-        """A model to train. A pretrained part brings its tokenizer; where there is none, a
-        byte-level BPE is learned from the texts. Raises InputError."""
-        text_tokenizer, llm_tokenizer = find_tokenizer(config.encoder), find_tokenizer(config.llm)
+        """A model to train. Pretrained parts have their tokenizers; parts from scratch, and an
+        encoder without one, get a byte-level BPE learned from the texts. Raises InputError."""
+        text_tokenizer = config.encoder and find_tokenizer(config.encoder)
+        llm_tokenizer = config.llm and load_tokenizer(config.llm)
         if not (text_tokenizer and llm_tokenizer):
             n_tokens = config.vocab_size
             if config.encoder and not text_tokenizer:
                 siglip = load_pretrained(SiglipConfig, config.encoder)
                 n_tokens = min(n_tokens, siglip.text_config.vocab_size)
-                say(f"{config.encoder} has no tokenizer: its text tower reads tokens of ours")
+                say(f"{config.encoder} has no tokenizer; one is learned from the reports")
             learned = data.learn_tokenizer(texts, n_tokens)
             if len(learned) > n_tokens:
                 raise InputError(f"{config.encoder}: its {n_tokens} text tokens are too few for a "
@@ -380,7 +381,7 @@ class LoFi(Encoder):
         image_emb, patches = self.encode_image(batch["image"], with_patches=True,
                                                requires_grad=True)
         text_emb = self.encode_text(batch["text"], requires_grad=True) if "text" in batch else None
-        if not len(batch["ids"]):                                  # no row asks the LLM
+        if not len(batch["ids"]):                                  # no target for the LLM
             return image_emb, text_emb, image_emb.new_zeros(0)
         visual = self.visual_tokens(patches)[batch["image_of_row"]]                # (R, V, H)
         return image_emb, text_emb, self.nll(visual, batch["ids"], batch["is_target"])
@@ -391,7 +392,7 @@ class LoFi(Encoder):
 
     def embed(self, visual, ids):
         """<bos>, visual tokens (R, V, H), then the ids (R, L) -> (R, 1 + V + L, H)."""
-        # Gemma's embedding layer scales by sqrt(H); visual tokens do not pass it
+        # embedding() scales by sqrt(H), as in Gemma; the visual tokens are not scaled
         embedding = self.llm.get_input_embeddings()
         bos = torch.full((len(ids), 1), self.llm_tokenizer.bos_token_id, device=ids.device)
         return torch.cat([embedding(bos), visual, embedding(ids)], 1)
@@ -404,7 +405,9 @@ class LoFi(Encoder):
         as wide as the vocabulary, is applied only to the states that predict a target."""
         decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
         hidden = decoder(inputs_embeds=self.embed(visual, ids), use_cache=False).last_hidden_state
-        hidden = hidden[:, visual.shape[1]:-1]                 # state before each id    (R, L, H)
+        # State 0 is <bos>'s, 1 to V the visual tokens', the rest the ids'. State V predicts the
+        # first id, and the last state predicts nothing.
+        hidden = hidden[:, visual.shape[1]:-1]                                     # (R, L, H)
         return autoregressive_nll(hidden[is_target], head, ids, is_target)
 
     # ---- answers --------------------------------------------------------------------------------
@@ -499,7 +502,7 @@ class LoFi(Encoder):
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise InputError(f"{weights}: {name} has a value that is not finite: the training "
-                                 "diverged or the file was edited; train again, or take a copy")
+                                 "diverged or the file was edited; train again, or use a backup")
         try:
             siglip, llm = build_encoder(config), build_llm(config)
             model = cls(config, siglip, llm,
@@ -508,13 +511,13 @@ class LoFi(Encoder):
                                        ("bos_token", "eos_token", "pad_token")))
             if wrong := state.keys() ^ model.saved_state().keys():
                 raise ValueError(f"{min(wrong)} is missing or unknown")
-            model.load_state_dict(state, strict=False)         # not what is pretrained and frozen
+            model.load_state_dict(state, strict=False)         # frozen weights are not in it
         except InputError:
             raise
         except Exception as error:      # torch and transformers raise many kinds
             raise InputError(f"{folder}: config.json and model.safetensors do not make a model "
-                             f"({textwrap.shorten(str(error), 200)}); is one of them edited, or of "
-                             "another run?")
+                             f"({textwrap.shorten(str(error), 200)}); was one of them edited, or "
+                             "copied from another run?")
         model.source = str(folder)
         return model.to(device).eval()
 
@@ -558,11 +561,11 @@ def read_weights(path):
             state = {name: file.get_tensor(name) for name in file.keys()}
             stored = (file.metadata() or {}).get("crc32")
     except Exception as error:          # safetensors raises kinds of its own
-        raise InputError(f"{path}: missing or damaged ({first_line(error)}); train again, or take "
-                         "a copy")
+        raise InputError(f"{path}: missing or damaged ({first_line(error)}); train again, or use "
+                         "a backup")
     if stored != checksum(state):
         raise InputError(f"{path}: checksum mismatch, the file is damaged or was not written by "
-                         "this code; train again, or take a copy")
+                         "this code; train again, or use a backup")
     return state
 
 
@@ -592,30 +595,31 @@ def load_pretrained(cls, source, hint="", **options):
             raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
         return part
     except Exception as error:          # transformers raises many kinds
+        reason = first_line(error).rstrip(". ")
+        if not is_folder and not hub_is_reachable():
+            reason = "the Hub cannot be reached, and no copy is in the cache"
         advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
                   if is_folder else
                   f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
                   "`hf auth login`; or give a local folder; train.py --preset tiny needs none")
-        raise InputError(f"{source}: cannot be loaded ({first_line(error).rstrip('. ')}); {advice}"
-                         f"{hint and '; '}{hint}")
+        raise InputError(f"{source}: cannot be loaded ({reason}); {advice}{hint and '; '}{hint}")
 
 
 def find_tokenizer(source):
-    """The tokenizer of a folder or model id, None if it has none."""
-    try:
-        return source and load_tokenizer(source)
-    except InputError:
+    """The tokenizer of a model id or folder; None for a folder without one."""
+    if Path(source).is_dir() and not Path(source, "tokenizer.json").exists():
         return None
+    return load_tokenizer(source)
 
 
 def load_tokenizer(source, vocab_size=math.inf, special=("eos_token", "pad_token")):
     """The tokenizer of a folder or model id. Raises InputError if it does not fit a model that has
     vocab_size token embeddings and needs these special tokens."""
-    # reads tokenizer.json; AutoTokenizer would ask for another package for SigLIP 1
+    # reads tokenizer.json; for SigLIP 1, AutoTokenizer needs another package
     tokenizer = load_pretrained(PreTrainedTokenizerFast, source)
     if tokenizer.vocab_size > vocab_size:
         raise InputError(f"{source}: its largest id is {tokenizer.vocab_size - 1:,}, but the model "
-                         f"has {vocab_size:,} token embeddings; it is of another model")
+                         f"has {vocab_size:,} token embeddings; use the model's own tokenizer")
     for name in special:
         number = getattr(tokenizer, f"{name}_id")
         if number is None or number >= vocab_size:

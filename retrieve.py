@@ -212,13 +212,15 @@ def chance(table):
     return {"i2t": metrics.chance_recall(own, owner), "t2i": metrics.chance_recall(owner, own)}
 
 
-def print_table_1(results, by_chance):
-    """Table 1 in percent: {model: {"i2t": .., "t2i": ..}}, and chance in the same form."""
+def format_table_1(results, by_chance):
+    """{model: {"i2t": .., "t2i": ..}}, and chance in the same form -> Table 1 in percent."""
+    tables = []
     for way, name in (("i2t", "Image-to-Text"), ("t2i", "Text-to-Image")):
         rows = [(name, *by_chance[way])]
         for model, result in {**results, "chance": by_chance}.items():
             rows.append((model, *(f"{100 * value:.2f}" for value in result[way].values())))
-        print(f"\n{format_table(rows)}")
+        tables.append(format_table(rows))
+    return "\n\n".join(tables)
 
 
 # ---- categories: zero-shot classification and P@K; not in the paper -----------------------------
@@ -426,7 +428,7 @@ def main(args=None):
     else:
         print(f"\nTable 1 on {title}: {len(images):,} images, one per study, and {len(texts):,} "
               "sub-reports; %")
-        print_table_1(results, chance(table))
+        print(f"\n{format_table_1(results, chance(table))}")
         if args.categories:
             print_categories(results)
         results = results if len(results) > 1 else results[source]

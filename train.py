@@ -32,7 +32,7 @@ def parse_args():
         "runs/NAME, from the name of the data)")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     add("--init", metavar="RUN", help="run folder to fine-tune (Table 4: FT w/ Ours)")
-    add("--skip-bad-images", action="store_true", help="count unreadable images, do not stop")
+    add("--skip-bad-images", action="store_true", help="skip unreadable images and count them")
 
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=["paper", "tiny"], help="paper: SigLIP 2 400M, Gemma 3 270M, LoRA; "
@@ -50,8 +50,8 @@ def parse_args():
     add("--epochs", type=int, metavar="N", help="passes over the data (preset; paper: 10)")
     add("--steps", type=int, metavar="N",
         help="optimizer steps; with --epochs, whichever ends first (preset)")
-    add("--batch-size", type=int, metavar="B", help="images per step and process (preset; paper: "
-        "16; tiny: fewer on a small data set)")
+    add("--batch-size", type=int, metavar="B", help="images per batch and process (preset; "
+        "paper: 16; tiny: fewer on a small data set)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step, whose gradients "
         "are averaged; the sigmoid loss stays within a batch (default: %(default)s)")
     add("--lr", type=float, metavar="X",
@@ -65,11 +65,11 @@ def parse_args():
         "type; auto: bf16, or fp16 on a GPU without bf16, or fp32 on a CPU (default: %(default)s)")
     add("--grad-checkpoint", action="store_true",
         help="recompute activations in the backward pass: less memory, about a third slower")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster")
+    add("--compile", action="store_true", help="torch.compile: a slow first step, then faster")
     add("--workers", type=int, metavar="N", help="processes that decode images (default: one per "
         "core, at most 4; tiny: 1 with augmentation, else 0)")
     add("--save-every", type=int, default=500, metavar="N",
-        help="steps between checkpoints, each with losses on val (default: %(default)s)")
+        help="save a checkpoint and log the losses on val every N steps (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)")
     add("--dry-run", action="store_true", help="check the data, run one step, write nothing")
     return parser.parse_args()
@@ -96,10 +96,8 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 # ruff: noqa: E402
 import atexit
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import re
@@ -213,7 +211,7 @@ def build_optimizers(model, config):
 # ---- batches ------------------------------------------------------------------------------------
 
 def batches_per_epoch(n_rows, batch_size, objectives, world=1):
-    """The last batch may be short, but has an image per process, and a negative for Eq. 1."""
+    """A short last batch counts if each process gets an image and Eq. 1 a negative pair."""
     least = max(world, 2 if "s" in objectives and batch_size > 1 else 1)
     return n_rows // batch_size + (n_rows % batch_size >= least)
 
@@ -224,11 +222,11 @@ def batches(n_rows, batch_size, per_epoch, seed, first, last, rank=0, world=1):
     batch_size counts the images of all processes; each process takes its own part of them."""
     order = None
     for number in range(first, last):
-        epoch, place = divmod(number, per_epoch)
-        if order is None or place == 0:
+        epoch, i = divmod(number, per_epoch)
+        if order is None or i == 0:
             order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-        batch = order[place * batch_size:(place + 1) * batch_size]
-        yield [(epoch, int(i)) for i in np.array_split(batch, world)[rank]]
+        batch = order[i * batch_size:(i + 1) * batch_size]
+        yield [(epoch, int(row)) for row in np.array_split(batch, world)[rank]]
 
 
 def images_per_step(config, given, n_rows, objectives, world):
@@ -239,7 +237,8 @@ def images_per_step(config, given, n_rows, objectives, world):
     if n_rows < world or n_rows < 2 and "s" in objectives:
         raise InputError(f"{n_rows} training images for {world} processes; expected one each, two "
                          "for the sigmoid loss")
-    full, least = config.batch_size * world, min(8, n_rows) if "s" in objectives else 1
+    full = config.batch_size * world
+    least = min(8, n_rows) if "s" in objectives else 1
     most = n_rows if given else max(world, least, n_rows // config.min_batches)
     if most < full:
         say(f"steps of {most} images instead of {full}: the training split has only {n_rows}")
@@ -256,13 +255,13 @@ def load_batches(model, rows, objectives, seed, keys, augment=0.0, workers=0):
     collate = data.Collate(model.text_tokenizer if "s" in objectives else None,
                            model.text_length, model.llm_tokenizer, config.max_target)
     if workers is None:
-        # with small towers a worker takes a core from the training: only augmentation is worth it
+        # a worker competes with small towers for the cores: only augmentation is worth one
         workers = int(augment > 0) if config.cache else min(4, os.cpu_count())
     loader = iter(torch.utils.data.DataLoader(                 # its workers start here
         dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=model.device.type == "cuda",
         generator=torch.Generator()))                          # does not draw from torch's own
-    # without waiting for the copy; images stay uint8 until they are there
+    # asynchronous copies; the images are converted from uint8 on the device
     return ({k: v.to(model.device, non_blocking=True) if isinstance(v, torch.Tensor) else v
              for k, v in batch.items()} for batch in loader)
 
@@ -287,8 +286,9 @@ def from_all(value):
 def gather(x):
     """Rows (any number each) of all processes, in the order of their ranks; None stays None.
 
-    Each process computes the same loss from them, so the gradient of its own rows is complete. It
-    is multiplied by the number of processes because average_gradients divides by it."""
+    Every process computes the loss of all rows, but only its own rows carry a gradient. The hook
+    multiplies it by the number of processes, by which average_gradients divides later, so that the
+    result is the gradient of one process with all rows."""
     if x is None or not dist.is_initialized():
         return x
     parts = [part.to(x.device) for part in from_all(x.detach().cpu())]
@@ -301,8 +301,8 @@ def gather(x):
 def average_gradients(parameters):
     """Average the gradients over the processes; None stays where no process has one.
 
-    One call after the backward pass instead of DistributedDataParallel's hooks within it: only LoRA
-    and new layers train, so there is little to overlap."""
+    One call after the backward pass instead of DistributedDataParallel's hooks within it: with LoRA
+    there is little to overlap."""
     has = from_all([p.grad is not None for p in parameters])
     used = [p for p, *has_gradient in zip(parameters, *has) if any(has_gradient)]
     if len(has) == 1 or not used:
@@ -317,9 +317,10 @@ def average_gradients(parameters):
 # ---- what can go wrong in a step ----------------------------------------------------------------
 
 class Guard:
-    """Signals, unreadable images, and losses that are not finite.
+    """Handle signals, unreadable images and losses that are not finite.
 
-    SIGTERM or Ctrl-C stops the run after a step; without torchrun, a second Ctrl-C at once."""
+    SIGTERM or Ctrl-C stops the run after the current step; without torchrun, a second Ctrl-C stops
+    it immediately."""
 
     def __init__(self, skip_bad_images):
         self.skip_bad_images, self.bad = skip_bad_images, []
@@ -328,7 +329,7 @@ class Guard:
             signal.signal(number, self.note)
 
     def note(self, number, _):
-        # torchrun passes on a Ctrl-C that its processes have received already
+        # torchrun forwards a Ctrl-C that its processes have already received
         if number == self.signal == signal.SIGINT and not dist.is_initialized():
             raise KeyboardInterrupt
         self.signal = number
@@ -359,7 +360,7 @@ class Guard:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if bad := sum(from_all(self.bad), []):
-            say(f"{len(bad)} times an image could not be read and was left out:\n"
+            say(f"skipped unreadable images {len(bad)} times:\n"
                 + "\n".join(sorted(set(bad))[:10]))
         if self.skipped:
             say(f"skipped {self.skipped} steps without a finite loss and gradient")
@@ -526,18 +527,20 @@ def draw_curves(log, w=420, h=300):
 
 @torch.no_grad()
 def evaluate(model, rows, training_rows, batch_size=64):
-    """Print Table 1 and a row of Table 4 -> the parts of metrics.json.
+    """Print Table 1 and a row of Table 4 -> (the parts of metrics.json, the printed tables).
 
     Retrieval: five-sentence sub-reports, one image per study (Sec. 3.1). Grounding: LoFi's own
     decoder on each phrase with boxes, next to the phrase prior of the training rows."""
-    results, paths = {"n_images": len(rows)}, [row["path"] for row in rows]
-    table = data.sub_report_table(rows)
-    if table[1]:
+    results, tables, paths = {"n_images": len(rows)}, [], [row["path"] for row in rows]
+    images, texts, _ = table = data.sub_report_table(rows)
+    if texts:
         image_emb = torch.cat([model.encode_image(paths[i:i + batch_size])
                                for i in range(0, len(paths), batch_size)]).cpu()
         results |= retrieve.table_1(model, table, image_emb)
-        print(f"\nretrieval over {len(table[0])} test images and {len(table[1])} sub-reports, %")
-        retrieve.print_table_1({"LoFi": results}, retrieve.chance(table))
+        title = f"retrieval over {len(images)} test images and {len(texts)} sub-reports, %"
+        table_1 = retrieve.format_table_1({"LoFi": results}, retrieve.chance(table))
+        tables.append(f"{title}\n\n{table_1}")
+        print("\n" + tables[-1])
     if predictions := icl_ground.lofi_predictions(model, rows):
         results["grounding"] = metrics.grounding_metrics(predictions)
         scores = {"LoFi": {"grounding": results["grounding"]}}
@@ -546,9 +549,10 @@ def evaluate(model, rows, training_rows, batch_size=64):
                                              icl_ground.with_boxes(rows))
             results["prior"] = metrics.grounding_metrics(prior)
             scores["phrase prior"] = {"grounding": results["prior"]}
-        print(f"\ngrounding of {len(predictions)} test phrases, %")
-        print(metrics.grounding_table(scores))
-    return results
+        tables.append(f"grounding of {len(predictions)} test phrases, %\n"
+                      + metrics.grounding_table(scores))
+        print("\n" + tables[-1])
+    return results, tables
 
 
 MODEL_CARD = """\
@@ -582,26 +586,24 @@ LoFi is never taught that a finding is not there: it answers almost any phrase w
 def finish_run(out, model, split, settings, began):
     """Evaluate on the test split, write metrics.json and README.md, print the next commands."""
     print(f"saved {out}")
-    results, printed = {}, io.StringIO()
+    results, tables = {}, ["not evaluated: no test split, or random frozen towers (--random-init)"]
     try:
-        with contextlib.redirect_stdout(printed):
-            if split["test"]:
-                results = evaluate(model.eval(), split["test"], split["train"])
-            else:
-                print("not evaluated: no test split, or random frozen towers (--random-init)")
+        if split["test"]:
+            results, tables = evaluate(model.eval(), split["test"], split["train"])
+        else:
+            print(tables[0])
     except InputError as error:
-        raise InputError(f"{error}; the run is saved: repair the image, then evaluate by --resume")
-    print(printed.getvalue())
+        raise InputError(f"{error}; the run is saved: fix the image, then evaluate with --resume")
     results["seconds"] = round(time.time() - began, 1)
     metrics.write_json(out / "metrics.json", results)
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
                             capture_output=True).stdout.strip()
     card = MODEL_CARD.format(
         **settings, name=out.name, out=out, n_rows=len(split["train"]), commit=commit or "unknown",
-        command=shlex.join(["python", *sys.argv]), scores=printed.getvalue().strip())
+        command=shlex.join(["python", *sys.argv]), scores="\n\n".join(tables))
     metrics.write_file(out / "README.md", lambda draft: draft.write_text(card))
 
-    print(f"{time.time() - began:.0f} s in all. Next:")
+    print(f"\n{time.time() - began:.0f} s in total. Next:")
     boxed = [(row["path"], region["phrase"]) for row in split["test"] for region in row["regions"]
              if region["boxes"]]
     if boxed:
@@ -631,7 +633,7 @@ def phantom_folder(dry_run, rank):
 def read_rows(path, objectives):
     """A manifest -> {split: rows}, and the training rows that the objectives can use.
 
-    Prints what is odd about it. Raises InputError if there is no row to train on."""
+    Prints warnings about it. Raises InputError if there is no row to train on."""
     rows = data.read_manifest(path)
     for note in data.manifest_notes(rows):
         say(f"note: {note}")
@@ -648,14 +650,18 @@ def read_rows(path, objectives):
 
 
 def find_config(args, start):
-    """The preset's config, or that of the run to start from, changed by the flags."""
+    """The config of the preset, or of the run to start from, changed by the flags."""
     if start and args.preset not in (None, start.preset):
-        raise InputError(f"the run to start from has preset {start.preset}, not {args.preset}")
-    preset = args.preset or ("paper" if args.data else "tiny")
-    config = start or (PRESETS[preset] if args.data or preset == "paper" else PHANTOM)
-    if args.random_init and not start:
-        config = dataclasses.replace(config, encoder=None, llm=None)
-    names = ("lam", "batch_size", "lr", "augment", *(() if start else ("encoder", "llm")))
+        raise InputError(f"--preset {args.preset}: the run to start from has preset {start.preset}")
+    names = ["lam", "batch_size", "lr", "augment"]             # flags that change it
+    if start:
+        config = start
+    else:
+        preset = args.preset or ("paper" if args.data else "tiny")
+        config = PHANTOM if preset == "tiny" and not args.data else PRESETS[preset]
+        if args.random_init:
+            config = dataclasses.replace(config, encoder=None, llm=None)
+        names += ["encoder", "llm"]
     changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.steps or args.epochs:
         changed |= {"steps": args.steps, "epochs": args.epochs}
@@ -663,7 +669,7 @@ def find_config(args, start):
 
 
 def build_model(args, source, rows, world):
-    """The model to train, new or of the run to start from -> (model, images of a batch)."""
+    """Build a model, or load the run to start from -> (model, batch size over all processes)."""
     model = LoFi.from_pretrained(source) if source else None
     config = find_config(args, model and model.config)
     batch_size = images_per_step(config, args.batch_size, len(rows), args.objectives, world)
@@ -736,9 +742,10 @@ def main(args=None):
 
     # the loop
     model.train()
-    guard, shown = Guard(args.skip_bad_images), {}             # shown: in the bar
-    bar = tqdm(range(first, first + 1 if args.dry_run else steps), "train", initial=first,
-               total=steps, unit="step", disable=rank > 0)
+    guard, shown, values = Guard(args.skip_bad_images), {}, {}             # shown: in the bar
+    last = min(first + 1, steps) if args.dry_run else steps
+    bar = tqdm(range(first, last), "train", initial=first, total=steps, unit="step",
+               disable=rank > 0)
     for step in bar:
         start, losses, paths = time.time(), [], []
         for _ in range(args.accumulate):
@@ -752,7 +759,7 @@ def main(args=None):
                 gather, (image_emb, text_emb, nll, batch["task_of_row"]))
             t, b = model.siglip.logit_scale.exp(), model.siglip.logit_bias
             l_s = (sigmoid_loss(image_emb, text_emb, t, b)                         # Eq. 1
-                   if "s" in args.objectives else 0 * image_emb.sum())
+                   if "s" in args.objectives else 0 * image_emb.sum())   # backward() needs a graph
             l_c = captioning_loss(nll, task)                                       # Eq. 2
             l_g = grounding_loss(nll, task)                                        # Eq. 3
             l_d = dense_captioning_loss(nll, task)                                 # after Eq. 3
@@ -800,7 +807,7 @@ def main(args=None):
 
     guard.end(steps - first)
     if args.dry_run:
-        say(f"dry run: the data are valid, one step has loss {values['loss']}, nothing written")
+        say(f"dry run: the data are valid, one step has loss {values.get('loss')}, nothing written")
     elif rank == 0:
         log.close()
         finish_run(out, model, split, settings, began)

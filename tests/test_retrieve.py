@@ -283,7 +283,7 @@ def test_the_row_chance(studies, capsys):
     assert chance["i2t"]["R@1"] == pytest.approx(np.mean(n_own) / len(texts))
     assert chance["t2i"]["R@5"] == pytest.approx(5 / len(images)) and chance["t2i"]["R@40"] == 1
     perfect = {way: dict.fromkeys(chance[way], 1.0) for way in chance}
-    retrieve.print_table_1({"LoFi": perfect}, chance)
+    print(retrieve.format_table_1({"LoFi": perfect}, chance))
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     assert [line[0] for line in lines] == ["Image-to-Text", "LoFi", "chance",
                                            "Text-to-Image", "LoFi", "chance"]

@@ -624,7 +624,7 @@ def test_an_unreadable_training_image_stops_or_is_counted(phantom, tmp_path, mon
     assert "train_00003.png" in run(*command, "--workers", 2, ok=False)
     shutil.rmtree(tmp_path / "j")
     text = main(monkeypatch, *command[1:], "--skip-bad-images")
-    assert "1 times an image could not be read" in text and "train_00003.png" in text
+    assert "skipped unreadable images 1 times" in text and "train_00003.png" in text
 
 
 def test_an_unreadable_image_costs_no_run(phantom, tmp_path, monkeypatch):
