@@ -586,7 +586,8 @@ def test_a_set_goes_on_where_it_was_stopped(call, phantom, run_dir):
     with open("p.jsonl", "wb") as file:
         file.write(b"".join(lines[:7]) + lines[7][:20])
     again, _ = call(*args, "--k", 4)
-    assert sorted(open("p.jsonl", "rb")) == sorted(lines) and "7 phrases are already answered" in again
+    assert sorted(open("p.jsonl", "rb")) == sorted(lines)
+    assert "7 phrases are already answered" in again
     table = [line for line in whole.splitlines() if line.startswith(("nearest", "phrase prior"))]
     assert len(table) == 3 and all(line in again for line in table)
     scores = json.load(open("p.json"))

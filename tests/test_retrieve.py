@@ -493,7 +493,7 @@ def test_no_output_replaces_an_input(encoder, phantom, tmp_path, monkeypatch, ca
 def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_path, monkeypatch):
     """Guards: a run searched on the phantom that was trained on something else."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="runs/phantom_data, its data, cannot be found; give --data"):
+    with pytest.raises(InputError, match="runs/phantom_data, its data, .*give --data"):
         retrieve.trained_on(encoder.source)
     shutil.copytree(phantom, "runs/phantom_data")
     assert retrieve.trained_on(encoder.source) == "runs/phantom_data"
@@ -503,7 +503,7 @@ def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_pat
         torch.save({"settings": {"data": own}}, trainer)
         assert retrieve.trained_on(encoder.source) == expected
     torch.save({"settings": {"data": "/elsewhere/mimic"}}, trainer)
-    with pytest.raises(InputError, match="/elsewhere/mimic, its data, cannot be found; give --data"):
+    with pytest.raises(InputError, match="/elsewhere/mimic, its data, .*give --data"):
         retrieve.trained_on(encoder.source)
     trainer.write_bytes(b"half")
     with pytest.raises(InputError, match="damaged"):
