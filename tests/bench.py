@@ -117,7 +117,7 @@ def shared_findings(rows, image_emb, k=5):
 
 
 def bench_neighbours(run="runs/phantom", folder=None):
-    """How often the 5 nearest test images of a run share a finding and its place, beside chance."""
+    """How often the 5 nearest test images of a run share a finding and its place, and by chance."""
     from model import Encoder
     from retrieve import image_embeddings, trained_on
     folder = folder or trained_on(run)
@@ -382,7 +382,7 @@ def alone(work, *args):
 
 
 def bare_step(model, batch, precision="fp32"):
-    """Forward and backward alone."""
+    """Only forward and backward."""
     loss_of(model, batch, precision).backward()
     model.zero_grad()
 
@@ -501,7 +501,7 @@ def formulation(folder, naive, times=3):
         model.zero_grad()
         kept.append(loss.item())
     before = gb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")              # Linux: the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")              # Linux: the peak starts again
     seconds = seconds_of(work, times)
     return PAPER.batch_size / seconds, gb("VmHWM") - before, kept[0]
 

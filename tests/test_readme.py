@@ -62,7 +62,7 @@ def definitions():
 
 
 def test_every_symbol_of_the_table_is_reached_from_a_main():
-    """Guards: a function in the table that tests alone call, beside the one that runs."""
+    """Guards: a function in the table that only tests call, next to the one that runs."""
     uses, reached, todo = definitions(), set(), ["main"]
     while todo:
         name = todo.pop()
@@ -117,7 +117,7 @@ def test_commands_name_scripts_and_flags_that_exist():
 
 
 def test_figures_agree():
-    """Guards: a run measured anew whose figures were changed in one of their places: the printed
+    """Guards: a run measured again whose figures were changed in one of their places: the printed
     run is the first of the three seeds, and the means are theirs."""
     def row(start, text=README):
         line = re.search(rf"^ *{start}.*$", text, re.M)[0]

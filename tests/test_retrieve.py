@@ -17,7 +17,6 @@ from transformers import SiglipModel
 
 import bench
 import data
-import metrics
 import model as lofi_model
 import retrieve
 from conftest import ROOT, SMALL, run
