@@ -1358,7 +1358,10 @@ def main():
         return CONVERTERS[args.command](args)
     if os.path.lexists(args.out):
         raise InputError(f"{args.out}: exists already; choose a new folder")
-    make_phantom(args.out, {split: getattr(args, split) for split in SPLITS}, args.seed)
+    sizes = {split: getattr(args, split) for split in SPLITS}
+    if min(sizes.values()) < 0 or not sizes["train"]:
+        raise InputError(f"sizes {sizes}: expected 1 training image or more, and 0 or more others")
+    make_phantom(args.out, sizes, args.seed)
     print(f"wrote {args.out}; next: python data.py check {args.out}")
 
 

@@ -655,8 +655,8 @@ def check_args(args):
             (args.image and (len(args.k) > 1 or len(args.encoders or []) > 1),
              "--image takes one --k and one encoder; several are for a set"),
             (args.out and Path(args.out).suffix != suffix, f"--out: expected a {suffix} file"),
-            (args.json and (args.image or args.json == args.out),
-             "--json is for a set's scores, in a file of their own")):
+            (args.json and (args.image or not re.search(r"(?<!\.settings)\.json$", args.json)),
+             "--json is for a set's scores: expected a .json file, without --image")):
         if wrong:
             raise InputError(problem)
     if args.image:
@@ -714,7 +714,7 @@ def check_outputs(args, out, manifests, checkpoints):
     for path in manifests:
         inputs += [data.manifest_path(path), *(row["path"] for row in data.read_manifest(path))]
     for folder in checkpoints:
-        inputs += Path(folder).glob("*")
+        inputs += Path(folder).rglob("*")
     for path in filter(None, (out, args.json)):
         metrics.check_output(path, inputs)
 
@@ -797,6 +797,8 @@ def main(args=None):
             return
         weights = Path(checkpoint, "model.safetensors")        # the run may be trained again
         settings |= {"data": str(Path(source).resolve()), "pool": str(Path(pool).resolve()),
+                     "manifests": [zlib.crc32(data.manifest_path(path).read_bytes())
+                                   for path in (source, pool)],
                      "encoder": checkpoint,
                      "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None}
         for k in ks:

@@ -16,6 +16,7 @@ Q queries  N images or texts of the pool  D shared width
 
 import argparse
 import sys
+from pathlib import Path
 
 DEFAULT_RUN, DEFAULT_DATA = "runs/phantom", "runs/phantom_data"    # what train.py makes
 
@@ -63,6 +64,8 @@ def parse_args():
         parser.error("--text is empty, expected a sentence such as 'No pleural effusion.'")
     if not all(category.strip(" .") for category in args.categories or []):
         parser.error("--categories has an empty string, expected words such as 'pleural effusion'")
+    if args.json and Path(args.json).resolve() == Path(args.png).resolve():
+        parser.error("--json and --png name the same file")
     if len(args.checkpoint) > 1 and (args.image or args.text):
         parser.error(f"--checkpoint: got {len(args.checkpoint)}, expected one for a search")
     return args
@@ -81,7 +84,6 @@ import textwrap
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -318,8 +320,8 @@ def heat_map_sheet(encoder, rows, categories, most=4):
 # ---- checkpoint and data, and the command -------------------------------------------------------
 
 def check_checkpoint(source):
-    """Raise InputError if the default run is missing, before it is looked for on the Hub."""
-    if source == DEFAULT_RUN and not Path(source).is_dir():
+    """Raise InputError if a run in runs/ is missing, before it is looked for on the Hub."""
+    if Path(source).parts[0] == "runs" and not Path(source).is_dir():
         raise InputError(f"{source}: no such checkpoint; python train.py makes it, and "
                          "--checkpoint takes a run, or a SigLIP-family id or folder")
 
@@ -382,7 +384,7 @@ def main(args=None):
         raise InputError("no image of the split has a report, and Table 1 ranks reports; give "
                          "other --data or --split, or search with --image")
     inputs = [data.manifest_path(path), *(row["path"] for row in rows), *filter(None, [args.image]),
-              *(file for source in args.checkpoint for file in Path(source).glob("*"))]
+              *(file for source in args.checkpoint for file in Path(source).rglob("*"))]
     for output in [args.json, args.png if searching or args.categories else None]:
         if output:
             check_output(output, inputs)

@@ -32,7 +32,8 @@ def parse_args():
         "runs/NAME, from the name of the data)")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     add("--init", metavar="RUN", help="run folder to fine-tune (Table 4: FT w/ Ours)")
-    add("--skip-bad-images", action="store_true", help="skip unreadable images and count them")
+    add("--skip-bad-images", action="store_true",
+        help="skip unreadable training images and count them")
 
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=["paper", "tiny"], help="paper: SigLIP 2 400M, Gemma 3 270M, LoRA; "
@@ -807,7 +808,8 @@ def main(args=None):
 
     guard.end(steps - first)
     if args.dry_run:
-        say(f"dry run: the data are valid, one step has loss {values.get('loss')}, nothing written")
+        step = f"one step has loss {values['loss']}" if values else "no step is left"
+        say(f"dry run: the data are valid, {step}, nothing written")
     elif rank == 0:
         log.close()
         finish_run(out, model, split, settings, began)
