@@ -655,8 +655,7 @@ def check_args(args):
             (args.image and (len(args.k) > 1 or len(args.encoders or []) > 1),
              "--image takes one --k and one encoder; several are for a set"),
             (args.out and Path(args.out).suffix != suffix, f"--out: expected a {suffix} file"),
-            (args.json and (args.image or not re.search(r"(?<!\.settings)\.json$", args.json)),
-             "--json is for a set's scores: expected a .json file, without --image")):
+            (args.json and args.image, "--json is for a set's scores, not for --image")):
         if wrong:
             raise InputError(problem)
     if args.image:
@@ -717,6 +716,8 @@ def check_outputs(args, out, manifests, checkpoints):
         inputs += Path(folder).rglob("*")
     for path in filter(None, (out, args.json)):
         metrics.check_output(path, inputs)
+    if args.json and not re.search(r"(?<!\.settings)\.json$", args.json):     # ours: .settings.json
+        raise InputError(f"--json {args.json}: expected a .json file of its own")
 
 
 def main(args=None):

@@ -784,6 +784,15 @@ def test_a_file_of_another_process_or_of_other_queries_is_refused(call, phantom,
         with pytest.raises(InputError, match="1 rows are duplicates or match no phrase"):
             call(*args)
     (tmp_path / "p.jsonl").write_text(whole)
+    changed = tmp_path / "changed.jsonl"                       # other boxes under the same path
+    shutil.copy(phantom / "manifest.jsonl", changed)
+    lines = changed.read_text().replace('"image": "', f'"image": "{phantom}/')
+    changed.write_text(lines)
+    args_changed = "--data", changed, "--lvlm", "prior", "--out", "c.jsonl"
+    call(*args_changed)
+    changed.write_text(lines.replace('"boxes": [[0.', '"boxes": [[0.0'))
+    with pytest.raises(InputError, match="was made with"):
+        call(*args_changed)
     for damaged in ("{", "[1]", "\0"):
         (tmp_path / "p.settings.json").write_text(damaged)
         with pytest.raises(InputError, match="was made with"):
@@ -811,6 +820,10 @@ WRONG = [
     (("--image", "x.png", "--phrase", "x", "--k", 1, 2), "one --k"),
     (("--image", "x.png", "--phrase", "x", "--out", "x.jsonl"), "expected a .png"),
     (("--out", "x.csv"), "expected a .jsonl"),
+    (("--data", "DATA", "--lvlm", "prior", "--out", "x.jsonl", "--json", "./x.jsonl"),
+     "--json .*expected a .json file"),
+    (("--data", "DATA", "--lvlm", "prior", "--out", "x.jsonl", "--json", "x.settings.json"),
+     "--json .*expected a .json file"),
     (("--lvlm", "prior", "--data", "DATA", "--device", "gpu"), "expected cpu"),
     (("--lvlm", "lofi", "--data", "nowhere"), "no such file"),
     (("--lvlm", "lofi", "--checkpoint", "nowhere", "--data", "DATA"), "not a run folder"),

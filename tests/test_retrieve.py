@@ -477,7 +477,8 @@ def test_no_output_replaces_an_input(encoder, phantom, tmp_path, monkeypatch, ca
     shutil.copy(image, query)
     link.symlink_to(image)
     inputs = [query, link, image, folder / "manifest.jsonl",
-              Path(encoder.source, "model.safetensors")]
+              Path(encoder.source, "model.safetensors"),
+              Path(encoder.source, "tokenizer", "tokenizer.json")]
     before = [path.read_bytes() for path in inputs]
     monkeypatch.setattr(Encoder, "load", lambda *_: pytest.fail("checked too late"))
     flags = ("--checkpoint", encoder.source, "--data", folder)
