@@ -809,7 +809,7 @@ def main(args=None):
     guard.end(steps - first)
     if args.dry_run:
         step = f"one step has loss {values['loss']}" if values else "no step is left"
-        say(f"dry run: the data are valid, {step}, nothing written")
+        say(f"dry run: every row of the data is well formed, {step}, nothing written")
     elif rank == 0:
         log.close()
         finish_run(out, model, split, settings, began)
