@@ -810,7 +810,9 @@ def main(args=None):
     if args.dry_run:
         step = f"one step has loss {values['loss']}" if values else "no step is left"
         say(f"dry run: every row of the data is well formed, {step}, nothing written")
-    elif rank == 0:
+    if dist.is_initialized():                                  # the first process evaluates alone
+        dist.destroy_process_group()
+    if writes:
         log.close()
         finish_run(out, model, split, settings, began)
 
