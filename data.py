@@ -36,6 +36,7 @@ import multiprocessing
 import os
 import re
 import signal
+import struct
 import sys
 import tempfile
 import textwrap
@@ -749,7 +750,8 @@ def reading(path):
         yield
     except InputError:
         raise
-    except Exception as error:               # from gzip, zipfile, csv, json or a wrong type
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+            csv.Error, zlib.error, struct.error, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be read to its end ({reason}); is the path right and the "
                          "download complete?")

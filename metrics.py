@@ -60,7 +60,7 @@ def write_file(path, write):
         write(draft)
         draft.chmod(mode)
         os.replace(draft, path)
-    except Exception as error:      # torch.save and safetensors raise kinds of their own
+    except (OSError, RuntimeError) as error:                     # torch.save raises RuntimeError
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be written ({reason}); make room or choose another path, "
                          "then run the same command again")

@@ -58,6 +58,8 @@ import re
 import shutil
 import tempfile
 import textwrap
+import urllib.error
+import urllib.request
 import warnings
 import zlib
 from datetime import timedelta
@@ -68,13 +70,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.utils.loftq_utils import SafetensorError          # safetensors is peft's dependency
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel,
                           PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import safe_open, safe_save_file
-from transformers.utils.hub import get_session
+from transformers.utils.hub import is_offline_mode
 
 import data
 from losses import autoregressive_nll
@@ -514,7 +517,8 @@ class LoFi(Encoder):
             model.load_state_dict(state, strict=False)         # frozen weights are not in it
         except InputError:
             raise
-        except Exception as error:      # torch and transformers raise many kinds
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+                AssertionError) as error:
             raise InputError(f"{folder}: config.json and model.safetensors do not make a model "
                              f"({textwrap.shorten(str(error), 200)}); was one of them edited, or "
                              "copied from another run?")
@@ -550,8 +554,12 @@ def checksum(state):
 
 def write_weights(path, state):
     """Write {name: tensor} to a safetensors file, with a checksum. Raises InputError."""
-    metadata = {"crc32": checksum(state)}
-    write_file(path, lambda draft: safe_save_file(state, draft, metadata))
+    def write(draft):
+        try:
+            safe_save_file(state, draft, {"crc32": checksum(state)})
+        except SafetensorError as error:                       # a full disk
+            raise OSError(first_line(error))
+    write_file(path, write)
 
 
 def read_weights(path):
@@ -560,7 +568,7 @@ def read_weights(path):
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
             stored = (file.metadata() or {}).get("crc32")
-    except Exception as error:          # safetensors raises kinds of its own
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: missing or damaged ({first_line(error)}); train again, or use "
                          "a backup")
     if stored != checksum(state):
@@ -572,11 +580,16 @@ def read_weights(path):
 @functools.cache
 def hub_is_reachable():
     """Check once whether the Hub is reachable; transformers retries for minutes."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        get_session().head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10)
-    except Exception:                   # no network, a bad address, HF_HUB_OFFLINE=1
-        return False
-    return True
+        if not is_offline_mode():                              # HF_HUB_OFFLINE=1
+            urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
+            return True
+    except urllib.error.HTTPError:
+        return True                                            # it answered
+    except (OSError, ValueError):                              # no network, or a bad address
+        pass
+    return False
 
 
 def load_pretrained(cls, source, hint="", **options):
@@ -594,7 +607,8 @@ def load_pretrained(cls, source, hint="", **options):
         if missing := report["missing_keys"]:                  # they would stay random
             raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
         return part
-    except Exception as error:          # transformers raises many kinds
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
+            SafetensorError) as error:
         reason = first_line(error).rstrip(". ")
         if not is_folder and not hub_is_reachable():
             reason = "the Hub cannot be reached, and no copy is in the cache"

@@ -101,6 +101,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -442,7 +443,8 @@ def load_trainer(path, model, optimizers, scaler, settings):
         state = torch.load(path, map_location="cpu", weights_only=True)
         differ = {k: v for k, v in state["settings"].items()
                   if k != "data" and v != settings.get(k)}
-    except Exception as error:                                 # damage raises many types
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+            NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: damaged, or not a checkpoint of this train.py "
                          f"({first_line(error)}); train again with a new --out")
     if differ:

@@ -115,7 +115,7 @@ def test_what_is_no_manifest_is_said(tmp_path):
                         (lambda: write(tmp_path / "b", "", "[", json.dumps(ROW), "]"),
                          ":2: expected one JSON object a line"),
                         (lambda: write(tmp_path / "g", "1"), "object a line, got int"),
-                        (lambda: write(tmp_path / "e", "{\"a\":" + "[" * 10 ** 5), "one JSON object"),
+                        (lambda: write(tmp_path / "e", '{"a":' + "[" * 10 ** 5), "one JSON object"),
                         (lambda: write(tmp_path / "f", "9" * 5000), "one JSON object a line"),
                         (lambda: write(tmp_path / "c", {**ROW, "split": "test"}),
                          "no rows with split 'train'")):
