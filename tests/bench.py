@@ -10,7 +10,7 @@
     paper        the paper's sizes with random weights: loop, bare step, memory, hours of 10 epochs
     hints        on the default run: does a box follow "left" and "right" in its phrase?
     scores       on the default run: does the score tell the phrases of an image from others?
-    ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each; about 20 minutes
+    ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each, 15 runs
 
 Machines are shared and differ, so a figure alone says little: compare the ratios.
 """
