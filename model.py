@@ -707,6 +707,8 @@ def main(args=None):
         return
     if args.box and (problem := box_problem(args.box)):
         raise InputError(f"--box {args.box}: {problem}")
+    if not all(phrase.strip() for phrase in args.phrase or []):
+        raise InputError("--phrase: one is empty, expected a sentence")
     model = LoFi.from_pretrained(args.run)
     if args.box:
         sentence, score = model.describe(args.image, [args.box], with_score=True)

@@ -322,8 +322,8 @@ def heat_map_sheet(encoder, rows, categories, most=4):
 def check_checkpoint(source):
     """Raise InputError if a run in runs/ is missing, before it is looked for on the Hub."""
     if Path(source).parts[0] == "runs" and not Path(source).is_dir():
-        raise InputError(f"{source}: no such checkpoint; python train.py makes it, and "
-                         "--checkpoint takes a run, or a SigLIP-family id or folder")
+        raise InputError(f"{source}: no such checkpoint; python train.py makes runs/phantom, "
+                         "and --checkpoint takes a run, or a SigLIP-family id or folder")
 
 
 def trained_on(checkpoint):
