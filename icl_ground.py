@@ -720,6 +720,23 @@ def check_outputs(args, out, manifests, checkpoints):
         raise InputError(f"--json {args.json}: expected a .json file of its own")
 
 
+def report(results, rows, training, path):
+    """Print the scores of a set, next to those of the phrase prior of the training rows; also write
+    them to path, if one is given."""
+    table = dict(results)
+    if with_boxes(training):
+        prior = metrics.grounding_metrics(prior_answers(metrics.phrase_prior(training), rows))
+        table["phrase prior"] = {"grounding": prior}
+        results = {name: {**result, "prior": prior} for name, result in results.items()}
+    n_phrases = sum(len(row["regions"]) for row in rows)
+    print(f"\ngrounding of {n_phrases:,} phrases, % [95 % interval over images]")
+    print(metrics.grounding_table(table))
+    for name, result in results.items():
+        print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
+    if path:
+        metrics.write_json(path, results if len(results) > 1 else results[name])
+
+
 def main(args=None):
     args = args or parse_args()
     transformers_logging.set_verbosity_error()
@@ -814,19 +831,7 @@ def main(args=None):
     if rank > 0:
         return
 
-    # ---- print and write a set's scores
-    table = dict(results)
-    if lvlm != "prior" and with_boxes(training):
-        answers = prior_answers(metrics.phrase_prior(training), rows)
-        prior = metrics.grounding_metrics(answers)
-        table["phrase prior"] = {"grounding": prior}
-        results = {name: {**result, "prior": prior} for name, result in results.items()}
-    print(f"\ngrounding of {n_phrases:,} phrases, % [95 % interval over images]")
-    print(metrics.grounding_table(table))
-    for name, result in results.items():
-        print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
-    if args.json:
-        metrics.write_json(args.json, results if len(results) > 1 else results[name])
+    report(results, rows, training if lvlm != "prior" else [], args.json)
     print(f"\n{time.time() - began:.0f} s in total. Next: python metrics.py "
           + shlex.join(map(str, files)))
 
