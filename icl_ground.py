@@ -50,8 +50,8 @@ def parse_args():
     add("--encoders", nargs="+", metavar="RUN", help="retrieve with each of these instead")
     add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations per query; "
         "Table 2: 20 40; MedGemma's row of Table 3: 0 (default: 40, the paper's best)")
-    add("--pool", metavar="PATH", help="another manifest for the demonstrations, which are taken "
-        "from its train and val splits (default: --data)")
+    add("--pool", metavar="PATH", help="manifest whose train and val splits give the "
+        "demonstrations (default: --data)")
     add("--order", choices=["similar-last", "similar-first"], default="similar-last",
         help="order of the demonstrations; not stated in the paper (default: %(default)s)")
 
@@ -70,8 +70,7 @@ def parse_args():
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="type of the LVLM's weights; auto: bf16, on a CPU fp32 (default: auto)")
-    add("--plain", action="store_true", help="one processor call and one generate per phrase, as "
-        "the method is defined: the same answers, slower")
+    add("--plain", action="store_true", help="one generate per phrase: the same answers, slower")
     add("--batch-size", type=int, default=16, metavar="N",
         help="phrases of an image decoded at once (default: %(default)s)")
     add("--feature-cache-gb", type=float, default=8, metavar="GB", help="CPU memory for image "
@@ -83,6 +82,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 # ruff: noqa: E402
 import contextlib
+import filecmp
 import functools
 import itertools
 import logging
@@ -92,7 +92,7 @@ import shlex
 import textwrap
 import time
 import zlib
-from collections import Counter
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -107,8 +107,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import data
 import metrics
 import retrieve
-from metrics import InputError, first_line
-from model import (Encoder, LoFi, find_device, is_run, join_processes, load_pretrained,
+from metrics import InputError
+from model import (Encoder, LoFi, find_device, from_all, is_run, join_processes, load_pretrained,
                    rank_and_world, read_config, say)
 
 # ---- the prompt; not stated in the paper --------------------------------------------------------
@@ -192,15 +192,16 @@ def image_shape(path):
         return image.size
 
 
-def centred_square(size):
-    """(width, height) -> side of the square, and left and top of the image in it, in pixels."""
+def square_of(size):
+    """(width, height) -> side of the square, and (left, top, left, top) of the image in it, in
+    pixels: what moves a box (x0, y0, x1, y1)."""
     side = max(size)
-    return side, (side - size[0]) // 2, (side - size[1]) // 2
+    return side, [(side - n) // 2 for n in size] * 2
 
 
 def pad_to_square(image):
     """A grey image -> RGB, padded with black to a centred square."""
-    side, left, top = centred_square(image.size)
+    side, (left, top, *_) = square_of(image.size)
     square = Image.new("RGB", (side, side))
     square.paste(image, (left, top))
     return square
@@ -208,8 +209,8 @@ def pad_to_square(image):
 
 def boxes_to_yxyx_1000(boxes, size):
     """Boxes of an image of size (width, height) -> box_yxyx_1000 integers of its padded square."""
-    side, *offset = centred_square(size)
-    corners = np.reshape(boxes, (-1, 4)) * (size * 2) + offset * 2                 # (n, 4), pixels
+    side, offset = square_of(size)
+    corners = np.reshape(boxes, (-1, 4)) * (size * 2) + offset                     # (n, 4), pixels
     corners = np.round(1000 * corners / side).astype(int)
     low = np.minimum(corners[:, :2], 999)
     high = np.maximum(corners[:, 2:], low + 1)                                     # never empty
@@ -218,9 +219,9 @@ def boxes_to_yxyx_1000(boxes, size):
 
 def boxes_from_yxyx_1000(boxes_yxyx_1000, size):
     """The inverse, clipped to the image; a box that lies in the padding is dropped."""
-    side, *offset = centred_square(size)
+    side, offset = square_of(size)
     corners = np.reshape(boxes_yxyx_1000, (-1, 4))[:, [1, 0, 3, 2]] * side / 1000  # (n, 4), pixels
-    boxes = ((corners - offset * 2) / (size * 2)).clip(0, 1).round(6).tolist()
+    boxes = ((corners - offset) / (size * 2)).clip(0, 1).round(6).tolist()
     return [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
 
 
@@ -264,23 +265,20 @@ def with_boxes(rows):
     return [row for row in boxed if row["regions"]]
 
 
-def leave_one_out(queries, rows):
-    """For each query the indices of rows that hold its own image, by its bytes, or its patient."""
-    sizes = [os.path.getsize(row["path"]) for row in rows]
-    own = []
-    for query in queries:
-        image = Path(query["path"]).read_bytes()
-        own.append({i for i, row in enumerate(rows) if row["patient"] == query["patient"]
-                    or sizes[i] == len(image) and Path(row["path"]).read_bytes() == image})
-    return own
-
-
 def top_triplets(queries, query_emb, rows, image_emb, k):
     """C of each query (Sec. 2.0.2): the k triplets of pool rows whose image is most similar by
-    cos(E_I(I), E_I(I_p)), best first (those of one image keep their order); and what was excluded.
+    cos(E_I(I), E_I(I_p)), best first (those of one image keep their order).
 
+    Left out are rows that hold the query's own image, by its bytes, or its patient.
     query_emb: (Q, D), image_emb: (N, D), unit length. -> Q lists of triplets, Q sets of indices."""
-    own, found = leave_one_out(queries, rows), []
+    alike, own, found = defaultdict(set), [], []               # rows by patient, and by file size
+    for i, row in enumerate(rows):
+        alike[row["patient"]].add(i)
+        alike[os.path.getsize(row["path"])].add(i)
+    for query in queries:
+        same_size = alike.get(os.path.getsize(query["path"]), ())
+        own.append(alike.get(query["patient"], set()) | {
+            i for i in same_size if filecmp.cmp(query["path"], rows[i]["path"], shallow=False)})
     n = min(len(rows), k + max(map(len, own)))                 # an image has a triplet or more
     _, index = retrieve.top_k(query_emb, image_emb, n)                             # (Q, n)
     for best, left_out in zip(index.tolist(), own):
@@ -289,9 +287,10 @@ def top_triplets(queries, query_emb, rows, image_emb, k):
     return found, own
 
 
-def find_demonstrations(encoder, queries, query_emb, source, k):
-    """k triplets of each query from train and val of a manifest; print what was left out."""
-    rows = with_boxes(row for row in data.read_manifest(source) if row["split"] != "test")
+def find_demonstrations(encoder, queries, query_emb, source, pool, k):
+    """k triplets of each query from train and val of a pool, the rows of the manifest `source`;
+    print what was left out."""
+    rows = with_boxes(row for row in pool if row["split"] != "test")
     if not rows:
         raise InputError(f"{source}: no phrase with boxes in its splits train and val, to take "
                          "demonstrations from; name another manifest with --pool")
@@ -564,11 +563,11 @@ def overlay(image, answers, longest=768):
 
 # ---- a set --------------------------------------------------------------------------------------
 
-def read_answered(out, asked, settings):
-    """Prepare a predictions file to continue -> Counter of the (image, phrase) that it answers.
+def count_answered(out, rows, settings):
+    """Prepare a predictions file to continue -> how many of the set's phrases it answers.
 
     A half-written last line is dropped. The settings are kept in a file next to it. Raises
-    InputError if the rows have other settings, are duplicates, or match no phrase that is asked."""
+    InputError if the answers have other settings, or are not those of the set's first phrases."""
     kept, now = out.with_suffix(".settings.json"), json.dumps(settings, indent=2)
     before = kept.read_text(errors="replace") if out.stat().st_size and kept.exists() else now
     old, new = ({line.strip(" ,") for line in text.splitlines()} for text in (before, now))
@@ -578,21 +577,13 @@ def read_answered(out, asked, settings):
                          "--out")
     metrics.write_json(kept, settings)
     os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
-    predictions = metrics.read_predictions(out) if out.stat().st_size else []
-    answered = Counter((row["image"], row["phrase"]) for row in predictions)
-    if extra := answered - asked:
-        [((image, phrase), _)] = extra.most_common(1)
-        raise InputError(f"{out}: {extra.total():,} rows are duplicates or match no phrase of this "
-                         f"set ({phrase!r:.60} on {image}); choose another --out")
-    return answered
-
-
-def gather(value):
-    """A value of each process -> the list of them, by rank."""
-    values = [value] * rank_and_world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
+    answers = metrics.read_predictions(out) if out.stat().st_size else []
+    asked = ((row["image"], region["phrase"]) for row in rows for region in row["regions"])
+    for n, answer in enumerate(answers, 1):
+        if (answer["image"], answer["phrase"]) != next(asked, None):
+            raise InputError(f"{out}:{n}: {answer['phrase']!r:.60} on {answer['image']} is a "
+                             "duplicate or not the next phrase of this set; choose another --out")
+    return len(answers)
 
 
 def ground_set(rows, ground, found, out, settings):
@@ -601,28 +592,22 @@ def ground_set(rows, ground, found, out, settings):
     found: the triplets of each row. Under torchrun the processes share the images in rounds, and
     only rank 0 reads and writes the file. -> what --json holds, on rank 0. Raises InputError."""
     began, (rank, world) = time.time(), rank_and_world()
-    asked = Counter((row["image"], region["phrase"]) for row in rows for region in row["regions"])
     out.parent.mkdir(parents=True, exist_ok=True)
     with metrics.lock(out) if rank == 0 else contextlib.nullcontext() as file:
-        answered = gather(read_answered(out, asked, settings) if rank == 0 else None)[0]
-        if answered:
-            say(f"{out}: resuming, {answered.total():,} phrases are already answered")
+        n_answered = from_all(count_answered(out, rows, settings) if rank == 0 else 0)[0]
+        if n_answered:
+            say(f"{out}: resuming, {n_answered:,} phrases are already answered")
         jobs = []                                              # rows with the phrases that are left
         for row, triplets in zip(rows, found):
-            left = []
-            for region in row["regions"]:
-                if answered[row["image"], region["phrase"]]:
-                    answered[row["image"], region["phrase"]] -= 1
-                else:
-                    left.append(region)
-            if left:
+            if left := row["regions"][n_answered:]:
                 jobs.append(({**row, "regions": left}, triplets))
-        n = world * (1 if isinstance(ground, InContext) else IMAGES_AT_ONCE)
-        bar = tqdm(range(0, len(jobs), n), out.stem, unit="round", disable=rank > 0)
+            n_answered = max(0, n_answered - len(row["regions"]))
+        n = 1 if isinstance(ground, InContext) else IMAGES_AT_ONCE
+        bar = tqdm(range(0, len(jobs), n * world), out.stem, unit="round", disable=rank > 0)
         n_malformed = 0
         for start in bar:
-            share = jobs[start:start + n][rank::world]
-            answers = list(itertools.chain(*gather(ground(*zip(*share)) if share else [])))
+            share = jobs[start + n * rank:start + n * (rank + 1)]
+            answers = sum(from_all(ground(*zip(*share)) if share else []), [])
             n_malformed += sum(answer["malformed"] for answer in answers)
             bar.set_postfix(malformed=n_malformed, refresh=False)
             if rank == 0:
@@ -635,18 +620,29 @@ def ground_set(rows, ground, found, out, settings):
                 "seconds": round(time.time() - began, 1)}
 
 
+def with_prior(results, rows, training):
+    """{model: {"grounding": .., ..}} of the phrases of rows -> the same with the "prior" of the
+    training rows, if they have boxes, and Tables 2 to 4 as text."""
+    table = dict(results)
+    if with_boxes(training):
+        prior = metrics.grounding_metrics(
+            prior_answers(metrics.phrase_prior(training), with_boxes(rows)))
+        table["phrase prior"] = {"grounding": prior}
+        results = {name: {**result, "prior": prior} for name, result in results.items()}
+    return results, metrics.grounding_table(table)
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 def check_args(args):
     """Reject invalid flags before anything is loaded. Raises InputError."""
     least_k, suffix = 1 if args.lvlm == "nearest" else 0, ".png" if args.image else ".jsonl"
-    has_phrase = bool((args.phrase or "").strip())
     for wrong, problem in (                                    # (condition of an error, message)
-            (bool(args.image) != has_phrase,
+            (bool(args.image) != bool((args.phrase or "").strip()),
              "--image and --phrase go together: an image, and the sentence to find on it"),
             (min(args.k) < least_k, f"--k {min(args.k)}: expected {least_k} or more"),
-            (args.max_new_tokens < 1, "--max-new-tokens: expected 1 or more"),
-            (args.batch_size < 1, "--batch-size: expected 1 or more"),
+            (min(args.max_new_tokens, args.batch_size) < 1,
+             "--max-new-tokens, --batch-size: expected 1 or more"),
             (not 0 <= args.feature_cache_gb < 1e6, "--feature-cache-gb: expected 0 or more"),  # NaN
             (args.lvlm in ("nearest", "prior") and args.show_prompt,
              f"--show-prompt: --lvlm {args.lvlm} sends no prompt"),
@@ -655,7 +651,9 @@ def check_args(args):
             (args.image and (len(args.k) > 1 or len(args.encoders or []) > 1),
              "--image takes one --k and one encoder; several are for a set"),
             (args.out and Path(args.out).suffix != suffix, f"--out: expected a {suffix} file"),
-            (args.json and args.image, "--json is for a set's scores, not for --image")):
+            (args.json and args.image, "--json is for a set's scores, not for --image"),
+            (args.json and (not args.json.endswith(".json") or args.json.endswith(".settings.json")),
+             f"--json {args.json}: expected a .json file of its own")):
         if wrong:
             raise InputError(problem)
     if args.image:
@@ -664,8 +662,9 @@ def check_args(args):
 
 def default_lvlm(args):
     """MedGemma, or LoFi's own decoder if --checkpoint is a run of the tiny preset."""
+    config = read_config(args.checkpoint)
     for_gemma = args.encoders or args.pool or args.blind or args.plain
-    if for_gemma or not is_run(args.checkpoint) or read_config(args.checkpoint).preset != "tiny":
+    if for_gemma or not config or config.preset != "tiny":
         return MEDGEMMA
     print(f"icl_ground.py: {args.checkpoint} is a miniature run, so its own decoder answers "
           f"(--lvlm lofi); to ask MedGemma, with demonstrations: --lvlm {MEDGEMMA}",
@@ -707,36 +706,6 @@ def print_answer(answer, out, **more):
                       **({"ground_truth": truth} if truth else {})}))
 
 
-def check_outputs(args, out, manifests, checkpoints):
-    """Raise InputError if an output is one of the files that the command reads."""
-    inputs = [args.image] if args.image else []
-    for path in manifests:
-        inputs += [data.manifest_path(path), *(row["path"] for row in data.read_manifest(path))]
-    for folder in checkpoints:
-        inputs += Path(folder).rglob("*")
-    for path in filter(None, (out, args.json)):
-        metrics.check_output(path, inputs)
-    if args.json and not re.search(r"(?<!\.settings)\.json$", args.json):     # ours: .settings.json
-        raise InputError(f"--json {args.json}: expected a .json file of its own")
-
-
-def report(results, rows, training, path):
-    """Print the scores of a set, next to those of the phrase prior of the training rows; also write
-    them to path, if one is given."""
-    table = dict(results)
-    if with_boxes(training):
-        prior = metrics.grounding_metrics(prior_answers(metrics.phrase_prior(training), rows))
-        table["phrase prior"] = {"grounding": prior}
-        results = {name: {**result, "prior": prior} for name, result in results.items()}
-    n_phrases = sum(len(row["regions"]) for row in rows)
-    print(f"\ngrounding of {n_phrases:,} phrases, % [95 % interval over images]")
-    print(metrics.grounding_table(table))
-    for name, result in results.items():
-        print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
-    if path:
-        metrics.write_json(path, results if len(results) > 1 else results[name])
-
-
 def main(args=None):
     args = args or parse_args()
     transformers_logging.set_verbosity_error()
@@ -760,7 +729,9 @@ def main(args=None):
         if any(ks) or lvlm == "prior" or not args.image:
             raise
         source = None                                          # LoFi, and k 0, need only the image
-    manifest, pool = data.read_manifest(source) if source else [], args.pool or source
+    manifest = data.read_manifest(source) if source else []
+    pool = args.pool or source
+    pool_rows = data.read_manifest(pool) if args.pool else manifest
     training = [row for row in manifest if row["split"] == "train"]
 
     # ---- the queries: one phrase of an image, or the boxed phrases of a split
@@ -777,9 +748,10 @@ def main(args=None):
         say(f"{n_phrases:,} phrases with boxes on {len(rows):,} images of {source}, {args.split}; "
             f"{n_all - n_phrases:,} phrases without boxes are left out")
         folder = data.manifest_path(source).resolve().parent.name
-        name = Path(lvlm).name + ("_blind" if args.blind else "")
-        out = Path(args.out or f"runs/{folder}_{args.split}_{name}.jsonl")
-    check_outputs(args, out, {source, pool} - {None}, {args.checkpoint, *encoders})
+        out = Path(args.out or f"runs/{folder}_{args.split}_{Path(lvlm).name}"
+                   f"{'_blind' * args.blind}.jsonl")
+    retrieve.check_outputs((out, args.json), [*filter(None, (args.image, source, pool))],
+                           manifest + pool_rows, [args.checkpoint, *encoders])
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
     title, settings = Path(lvlm).name, {"lvlm": lvlm, "split": args.split, "order": args.order}
@@ -802,7 +774,8 @@ def main(args=None):
                 encoder = Encoder.load(checkpoint, device)
                 query_emb = (encoder.encode_image(args.image).cpu() if args.image else
                              retrieve.image_embeddings(encoder, source, rows))     # (Q, D)
-                found = find_demonstrations(encoder, rows, query_emb, pool, max(ks))
+                found = find_demonstrations(encoder, rows, query_emb, pool, pool_rows,
+                                            max(ks))
                 if lvlm == "nearest":
                     ground = functools.partial(nearest_answers, encoder)
             if args.show_prompt:
@@ -831,17 +804,18 @@ def main(args=None):
     if rank > 0:
         return
 
-    report(results, rows, training if lvlm != "prior" else [], args.json)
+    # ---- the table
+    n_phrases = sum(len(row["regions"]) for row in rows)
+    print(f"\ngrounding of {n_phrases:,} phrases, % [95 % interval over images]")
+    results, table = with_prior(results, rows, training if lvlm != "prior" else [])
+    print(table)
+    for name, result in results.items():
+        print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
+    if args.json:
+        metrics.write_json(args.json, results if len(results) > 1 else results[name])
     print(f"\n{time.time() - began:.0f} s in total. Next: python metrics.py "
           + shlex.join(map(str, files)))
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (InputError, OSError) as error:
-        sys.exit(f"icl_ground.py: {first_line(error)}")
-    except torch.OutOfMemoryError:
-        sys.exit("icl_ground.py: out of GPU memory; lower --k or --batch-size")
-    except KeyboardInterrupt:
-        sys.exit("icl_ground.py: stopped; the same command continues where it was")
+    metrics.run_command(main, ARGS, interrupted="stopped; the same command continues where it was")

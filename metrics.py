@@ -16,11 +16,16 @@ model is, from 0 to 1). icl_ground.py writes such files.
 
 import argparse
 import contextlib
+import csv
 import json
 import os
+import pickle
 import shlex
+import struct
 import sys
 import uuid
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -43,9 +48,31 @@ class InputError(ValueError):
     """Invalid input. The message is one line: what was given, what is expected, what to do."""
 
 
+# What reading a damaged or foreign file may raise, apart from InputError.
+DAMAGED = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+           ArithmeticError, AssertionError, ImportError, pickle.UnpicklingError, csv.Error,
+           struct.error, zlib.error, zipfile.BadZipFile)
+
+
 def first_line(error):
     """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def run_command(main, *args, interrupted="interrupted"):
+    """Run a script's main; an error that a user can mend ends it with one line and exit status 1."""
+    name = Path(sys.argv[0]).name
+    try:
+        main(*args)
+    except (InputError, OSError) as error:
+        sys.exit(f"{name}: {first_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: {interrupted}")
+    except RuntimeError as error:           # a CPU out of memory raises a plain RuntimeError
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit(f"{name}: out of memory; lower --batch-size; train.py also has --accumulate and "
+                 "--grad-checkpoint, icl_ground.py --k")
 
 
 def write_file(path, write):
@@ -426,7 +453,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"metrics.py: {first_line(error)}")
+    run_command(main)

@@ -29,15 +29,15 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description="Ask a trained LoFi about an image, or export its encoder.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("export", help="merge LoRA into a plain SiglipModel folder, which "
-                              "transformers loads without this code").add_argument
+    words = "merge LoRA into a plain SiglipModel folder, which transformers loads without this code"
+    add = commands.add_parser("export", help=words, description=words).add_argument
     add("run", help="run folder of train.py")
     add("out", help="folder to write: SiglipModel, tokenizer and image processor")
+    words = "print JSON: an image's report, the boxes of phrases, or the sentence of a box"
     ask = commands.add_parser(
-        "ask", help="print JSON: an image's report, the boxes of phrases or the sentence of a box, "
-        "with a score each: the geometric mean probability of the answer's tokens",
-        epilog="LoFi is never taught that a finding is absent: it answers almost any phrase with "
-        "boxes. A low score is a hint, not a test.")
+        "ask", help=words, description=words, epilog="A score is the geometric mean probability of "
+        "an answer's tokens, a hint, not a test: LoFi is never taught that a finding is absent, and "
+        "answers almost any phrase with boxes.")
     ask.add_argument("run", help="run folder of train.py")
     ask.add_argument("image", help="a chest X-ray of any mode and size")
     add = ask.add_mutually_exclusive_group().add_argument
@@ -81,7 +81,8 @@ from transformers.utils.hub import is_offline_mode
 
 import data
 from losses import autoregressive_nll
-from metrics import InputError, box_problem, first_line, write_file, write_json
+from metrics import (DAMAGED, InputError, box_problem, first_line, run_command, write_file,
+                     write_json)
 
 # ---- hyper-parameters, each once ----------------------------------------------------------------
 
@@ -272,21 +273,21 @@ class Encoder(nn.Module):
         self.siglip, self.text_tokenizer, self.source = siglip, text_tokenizer, None
         self.image_size = siglip.config.vision_config.image_size
         self.text_length = siglip.config.text_config.max_position_embeddings
+        check_tokenizer(text_tokenizer, siglip.config.text_config.vocab_size)
 
     @staticmethod
     def load(source, device="cpu"):
         """A run folder of train.py -> LoFi; a SigLIP-family id or folder -> Encoder, for baselines.
         Raises InputError."""
-        source, path = str(source), Path(source)
+        path = Path(source)
         if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir()):
             raise InputError(f"{source}: no such checkpoint; `python train.py` makes runs/phantom, "
                              "and --checkpoint takes a run, or a SigLIP-family id or folder")
         if is_run(path):
             return LoFi.from_pretrained(source, device)
-        siglip = load_pretrained(SiglipModel, source, dtype=torch.float32)
-        tokenizer = load_tokenizer(source, siglip.config.text_config.vocab_size)
-        encoder = Encoder(siglip, tokenizer).to(device).eval()
-        encoder.source = source
+        encoder = Encoder(load_pretrained(SiglipModel, source, dtype=torch.float32),
+                          load_pretrained(PreTrainedTokenizerFast, source)).to(device).eval()
+        encoder.source = str(source)
         return encoder
 
     @property
@@ -341,6 +342,7 @@ class LoFi(Encoder):
     def __init__(self, config, siglip, llm, text_tokenizer, llm_tokenizer):
         super().__init__(add_lora(siglip, config.lora_rank, config.lora_alpha, ENCODER_LORA),
                          text_tokenizer)
+        check_tokenizer(llm_tokenizer, llm.config.vocab_size, "bos_token")
         self.config, self.llm_tokenizer = config, llm_tokenizer
         self.llm = add_lora(llm, config.llm_lora_rank, config.llm_lora_alpha, LLM_LORA)
         vision = siglip.config.vision_config
@@ -354,8 +356,12 @@ class LoFi(Encoder):
     def build(cls, config, texts=(), batch_size=None):
         """A model to train. Pretrained parts have their tokenizers; parts from scratch, and an
         encoder without one, get a byte-level BPE learned from the texts. Raises InputError."""
-        text_tokenizer = config.encoder and find_tokenizer(config.encoder)
-        llm_tokenizer = config.llm and load_tokenizer(config.llm)
+        text_tokenizer = llm_tokenizer = None
+        if config.encoder and (not Path(config.encoder).is_dir()
+                               or Path(config.encoder, "tokenizer.json").exists()):
+            text_tokenizer = load_pretrained(PreTrainedTokenizerFast, config.encoder)
+        if config.llm:
+            llm_tokenizer = load_pretrained(PreTrainedTokenizerFast, config.llm)
         if not (text_tokenizer and llm_tokenizer):
             n_tokens = config.vocab_size
             if config.encoder and not text_tokenizer:
@@ -363,9 +369,6 @@ class LoFi(Encoder):
                 n_tokens = min(n_tokens, siglip.text_config.vocab_size)
                 say(f"{config.encoder} has no tokenizer; one is learned from the reports")
             learned = data.learn_tokenizer(texts, n_tokens)
-            if len(learned) > n_tokens:
-                raise InputError(f"{config.encoder}: its {n_tokens} text tokens are too few for a "
-                                 "byte-level tokenizer; give an encoder with its tokenizer")
             say(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training "
                 "split")
             size = {"vocab_size": len(learned)}                # unless the preset says more
@@ -499,26 +502,25 @@ class LoFi(Encoder):
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
-        config, place = read_config(folder), Path(folder, "tokenizer")
-        weights = Path(folder, "model.safetensors")
+        weights, place = Path(folder, "model.safetensors"), Path(folder, "tokenizer")
+        if not (config := read_config(folder)):
+            raise InputError(f"{folder}: not a run folder of train.py: config.json is missing or "
+                             "damaged; `python train.py` makes runs/phantom")
         state = read_weights(weights)
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise InputError(f"{weights}: {name} has a value that is not finite: the training "
                                  "diverged or the file was edited; train again, or use a backup")
         try:
-            siglip, llm = build_encoder(config), build_llm(config)
-            model = cls(config, siglip, llm,
-                        load_tokenizer(place / "text", siglip.config.text_config.vocab_size),
-                        load_tokenizer(place, llm.config.vocab_size,
-                                       ("bos_token", "eos_token", "pad_token")))
+            model = cls(config, build_encoder(config), build_llm(config),
+                        load_pretrained(PreTrainedTokenizerFast, place / "text"),
+                        load_pretrained(PreTrainedTokenizerFast, place))
             if wrong := state.keys() ^ model.saved_state().keys():
                 raise ValueError(f"{min(wrong)} is missing or unknown")
             model.load_state_dict(state, strict=False)         # frozen weights are not in it
         except InputError:
             raise
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError,
-                AssertionError) as error:
+        except DAMAGED as error:
             raise InputError(f"{folder}: config.json and model.safetensors do not make a model "
                              f"({textwrap.shorten(str(error), 200)}); was one of them edited, or "
                              "copied from another run?")
@@ -529,18 +531,17 @@ class LoFi(Encoder):
 # ---- files --------------------------------------------------------------------------------------
 
 def is_run(folder):
-    """Whether a folder holds a run of train.py: a config.json with our keys."""
+    """Whether a folder holds a run of train.py, whose config.json has our keys."""
     path = Path(folder, "config.json")
     return path.is_file() and '"n_queries"' in path.read_text(errors="replace")
 
 
 def read_config(folder):
-    """config.json of a run folder -> Config. Raises InputError."""
+    """config.json of a run folder -> Config; None if it is missing, damaged or not of a run."""
     try:
         return Config(**json.loads(Path(folder, "config.json").read_text()))
     except (OSError, TypeError, ValueError):
-        raise InputError(f"{folder}: not a run folder of train.py (it has no config.json of ours); "
-                         "`python train.py` makes runs/phantom")
+        return None
 
 
 def checksum(state):
@@ -567,13 +568,11 @@ def read_weights(path):
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-            stored = (file.metadata() or {}).get("crc32")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: missing or damaged ({first_line(error)}); train again, or use "
-                         "a backup")
-    if stored != checksum(state):
-        raise InputError(f"{path}: checksum mismatch, the file is damaged or was not written by "
-                         "this code; train again, or use a backup")
+            if (file.metadata() or {}).get("crc32") != checksum(state):
+                raise ValueError("checksum mismatch")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: missing or damaged, or not written by this code "
+                         f"({first_line(error)}); train again, or use a backup")
     return state
 
 
@@ -584,12 +583,9 @@ def hub_is_reachable():
     try:
         if not is_offline_mode():                              # HF_HUB_OFFLINE=1
             urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
-            return True
-    except urllib.error.HTTPError:
-        return True                                            # it answered
-    except (OSError, ValueError):                              # no network, or a bad address
-        pass
-    return False
+        return not is_offline_mode()
+    except (OSError, ValueError) as error:                     # no network, or a bad address
+        return isinstance(error, urllib.error.HTTPError)       # an answer, if not a kind one
 
 
 def load_pretrained(cls, source, hint="", **options):
@@ -607,38 +603,28 @@ def load_pretrained(cls, source, hint="", **options):
         if missing := report["missing_keys"]:                  # they would stay random
             raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
         return part
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
-            SafetensorError) as error:
+    except (*DAMAGED, SafetensorError) as error:
         reason = first_line(error).rstrip(". ")
-        if not is_folder and not hub_is_reachable():
-            reason = "the Hub cannot be reached, and no copy is in the cache"
-        advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
-                  if is_folder else
-                  f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
-                  "`hf auth login`; or give a local folder; train.py --preset tiny needs none")
-        raise InputError(f"{source}: cannot be loaded ({reason}); {advice}{hint and '; '}{hint}")
+    if not is_folder and not hub_is_reachable():
+        reason = "the Hub cannot be reached, and no copy is in the cache"
+    advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
+              if is_folder else
+              f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
+              "`hf auth login`; or give a local folder; train.py --preset tiny needs none")
+    raise InputError(f"{source}: cannot be loaded ({reason}); {advice}{hint and '; '}{hint}")
 
 
-def find_tokenizer(source):
-    """The tokenizer of a model id or folder; None for a folder without one."""
-    if Path(source).is_dir() and not Path(source, "tokenizer.json").exists():
-        return None
-    return load_tokenizer(source)
-
-
-def load_tokenizer(source, vocab_size=math.inf, special=("eos_token", "pad_token")):
-    """The tokenizer of a folder or model id. Raises InputError if it does not fit a model that has
-    vocab_size token embeddings and needs these special tokens."""
-    # reads tokenizer.json; for SigLIP 1, AutoTokenizer needs another package
-    tokenizer = load_pretrained(PreTrainedTokenizerFast, source)
-    if tokenizer.vocab_size > vocab_size:
+def check_tokenizer(tokenizer, n_embeddings, *special):
+    """Raise InputError unless a tokenizer fits a model: its number of token embeddings, and the
+    special tokens that it needs apart from <eos> and padding."""
+    source = tokenizer.name_or_path
+    if tokenizer.vocab_size > n_embeddings:
         raise InputError(f"{source}: its largest id is {tokenizer.vocab_size - 1:,}, but the model "
-                         f"has {vocab_size:,} token embeddings; use the model's own tokenizer")
-    for name in special:
+                         f"has {n_embeddings:,} token embeddings; use the model's own tokenizer")
+    for name in ("eos_token", "pad_token", *special):
         number = getattr(tokenizer, f"{name}_id")
-        if number is None or number >= vocab_size:
+        if number is None or number >= n_embeddings:
             raise InputError(f"{source}: its {name} is missing; take the model's own tokenizer")
-    return tokenizer
 
 
 # ---- the device, and the processes of torchrun --------------------------------------------------
@@ -670,6 +656,14 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def from_all(value):
+    """The value of each process, in the order of their ranks: [value] if there is only one."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def say(text):
     """Print, once for all processes."""
     if rank_and_world()[0] == 0:
@@ -695,6 +689,7 @@ def export(run, out):
         model.text_tokenizer.save_pretrained(draft)
         SiglipImageProcessor(size=size, resample=2).save_pretrained(draft)     # 2: bilinear
         draft.rename(out)
+    print(f"wrote {out}: transformers.SiglipModel.from_pretrained({str(out)!r})")
 
 
 def main(args=None):
@@ -702,9 +697,7 @@ def main(args=None):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if args.command == "export":
-        export(args.run, args.out)
-        print(f"wrote {args.out}: transformers.SiglipModel.from_pretrained({args.out!r})")
-        return
+        return export(args.run, args.out)
     if args.box and (problem := box_problem(args.box)):
         raise InputError(f"--box {args.box}: {problem}")
     if not all(phrase.strip() for phrase in args.phrase or []):
@@ -715,8 +708,8 @@ def main(args=None):
         answer = {"boxes": [args.box], "sentence": sentence, "score": score}
     elif args.phrase:
         answer = []
-        found, scores = model.ground(args.image, args.phrase, with_scores=True)
-        for phrase, boxes, score in zip(args.phrase, found, scores):
+        for phrase, boxes, score in zip(args.phrase,
+                                        *model.ground(args.image, args.phrase, with_scores=True)):
             if not boxes:
                 print(f"no box predicted for {phrase!r}", file=sys.stderr)
             sentence = model.describe(args.image, boxes) if boxes else ""
@@ -728,7 +721,4 @@ def main(args=None):
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (InputError, OSError) as error:
-        sys.exit(f"model.py: {first_line(error)}")
+    run_command(main, ARGS)

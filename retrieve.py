@@ -94,7 +94,7 @@ from transformers import logging as transformers_logging
 
 import data
 import metrics
-from metrics import InputError, check_output, first_line, format_table, write_file, write_json
+from metrics import InputError, check_output, format_table, write_file, write_json
 from model import (Encoder, LoFi, find_device, join_processes, rank_and_world, read_weights, say,
                    write_weights)
 
@@ -326,6 +326,16 @@ def check_checkpoint(source):
                          "and --checkpoint takes a run, or a SigLIP-family id or folder")
 
 
+def check_outputs(outputs, inputs, rows, checkpoints):
+    """Raise InputError if an output (None for one that is not written) is a file that the command
+    reads: inputs are images and manifests or their folders, rows those of the manifests."""
+    inputs = [Path(path, "manifest.jsonl") if Path(path).is_dir() else path for path in inputs]
+    inputs += [row["path"] for row in rows]
+    inputs += [file for folder in checkpoints for file in Path(folder).rglob("*")]
+    for output in filter(None, outputs):
+        check_output(output, inputs)
+
+
 def trained_on(checkpoint):
     """The manifest that trainer.pt says the checkpoint was trained on; for a model without one, and
     for a phantom run that was moved, runs/phantom_data. Raises InputError if it is missing."""
@@ -383,11 +393,8 @@ def main(args=None):
     elif not texts:
         raise InputError("no image of the split has a report, and Table 1 ranks reports; give "
                          "other --data or --split, or search with --image")
-    inputs = [data.manifest_path(path), *(row["path"] for row in rows), *filter(None, [args.image]),
-              *(file for source in args.checkpoint for file in Path(source).rglob("*"))]
-    for output in [args.json, args.png if searching or args.categories else None]:
-        if output:
-            check_output(output, inputs)
+    drawn = args.png if searching or args.categories else None
+    check_outputs((args.json, drawn), [*filter(None, (args.image, path))], rows, args.checkpoint)
     rank, _ = join_processes()
 
     # ---- embed in all processes, then search or evaluate in the first
@@ -444,9 +451,4 @@ def main(args=None):
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (InputError, OSError) as error:
-        sys.exit(f"retrieve.py: {first_line(error)}")
-    except torch.OutOfMemoryError:
-        sys.exit("retrieve.py: out of GPU memory; lower --batch-size, or give --device cpu")
+    metrics.run_command(main, ARGS)

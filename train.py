@@ -17,8 +17,8 @@ import sys
 
 from metrics import InputError, first_line
 
-# ---- arguments: before the imports that take seconds, so that --help answers at once -------------
 
+# ---- arguments: before the imports that take seconds, so that --help answers at once -------------
 
 def parse_args():
     parser = argparse.ArgumentParser(
@@ -28,50 +28,44 @@ def parse_args():
     add = parser.add_argument_group("data and files").add_argument
     add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file (default: drawn "
         "X-rays, made in runs/phantom_data)")
-    add("--out", metavar="DIR", help="run folder to write; an older run there is renamed (default: "
+    add("--out", metavar="DIR", help="run folder; an older run there is renamed (default: "
         "runs/NAME, from the name of the data)")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     add("--init", metavar="RUN", help="run folder to fine-tune (Table 4: FT w/ Ours)")
-    add("--skip-bad-images", action="store_true",
-        help="skip unreadable training images and count them")
+    add("--skip-bad-images", action="store_true", help="skip unreadable training images, counted")
 
     add = parser.add_argument_group("model").add_argument
-    add("--preset", choices=["paper", "tiny"], help="paper: SigLIP 2 400M, Gemma 3 270M, LoRA; "
-        "tiny: small towers from scratch (default: paper with --data, else tiny)")
+    add("--preset", choices=["paper", "tiny"], help="SigLIP 2 400M and Gemma 3 270M with LoRA, or "
+        "small towers from scratch (default: paper with --data, else tiny)")
     add("--encoder", metavar="ID", help="SigLIP-family model id or folder (preset)")
     add("--llm", metavar="ID", help="Gemma 3 text model id or folder (preset)")
-    add("--random-init", action="store_true", help="random weights where no --encoder or --llm is "
-        "given, to try memory and speed without downloads")
+    add("--random-init", action="store_true", help="random weights for parts without --encoder or "
+        "--llm, to try memory and speed without downloads")
 
     add = parser.add_argument_group("objective and schedule").add_argument
     add("--objectives", default="scgd", metavar="LETTERS", help="s sigmoid (Eq. 1), c captioning "
-        "(Eq. 2), g grounding (Eq. 3), d dense captioning; Table 4: g (default: %(default)s)")
-    add("--lambda", dest="lam", type=float, metavar="X",
-        help="weight of the autoregressive loss (preset; paper: 5, Fig. 4e)")
+        "(Eq. 2), g grounding (Eq. 3), d dense captioning; Table 4: g (default: scgd)")
+    add("--lambda", dest="lam", type=float, metavar="X", help="weight of L_tau (preset; paper: 5)")
     add("--epochs", type=int, metavar="N", help="passes over the data (preset; paper: 10)")
-    add("--steps", type=int, metavar="N",
-        help="optimizer steps; with --epochs, whichever ends first (preset)")
+    add("--steps", type=int, metavar="N", help="optimizer steps, if they end before the epochs")
     add("--batch-size", type=int, metavar="B", help="images per batch and process (preset; "
         "paper: 16; tiny: fewer on a small data set)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step, whose gradients "
-        "are averaged; the sigmoid loss stays within a batch (default: %(default)s)")
-    add("--lr", type=float, metavar="X",
-        help="learning rate after warm-up, then cosine to 0 (preset; paper: 3e-4)")
-    add("--augment", type=float, metavar="X",
-        help="strength of random crop, brightness and contrast, 0 to 1 (preset; paper: 0)")
+        "are averaged; the sigmoid loss stays within a batch (default: 1)")
+    add("--lr", type=float, metavar="X", help="learning rate after warm-up (preset; paper: 3e-4)")
+    add("--augment", type=float, metavar="X", help="random crop and contrast, 0 to 1 (preset)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1 or cpu (default: cuda if available)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="autocast "
-        "type; auto: bf16, or fp16 on a GPU without bf16, or fp32 on a CPU (default: %(default)s)")
-    add("--grad-checkpoint", action="store_true",
-        help="recompute activations in the backward pass: less memory, about a third slower")
+        "type; auto: bf16, or fp16 on a GPU without bf16, or fp32 on a CPU (default: auto)")
+    add("--grad-checkpoint", action="store_true", help="less memory, about a third slower")
     add("--compile", action="store_true", help="torch.compile: a slow first step, then faster")
     add("--workers", type=int, metavar="N", help="processes that decode images (default: one per "
         "core, at most 4; tiny: 1 with augmentation, else 0)")
-    add("--save-every", type=int, default=500, metavar="N",
-        help="save a checkpoint and log the losses on val every N steps (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)")
+    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints, with "
+        "the losses on val (default: 500)")
+    add("--seed", type=int, default=0, help="seed of all random draws (default: 0)")
     add("--dry-run", action="store_true", help="check the data, run one step, write nothing")
     return parser.parse_args()
 
@@ -126,7 +120,7 @@ import metrics
 import retrieve
 from losses import (TASKS, captioning_loss, dense_captioning_loss, grounding_loss, sigmoid_loss,
                     total_loss)
-from model import PHANTOM, PRESETS, LoFi, find_device, join_processes, say
+from model import PHANTOM, PRESETS, LoFi, find_device, from_all, join_processes, say
 
 LOSSES = ("loss", "sigmoid", "captioning", "grounding", "dense_captioning")      # in log.jsonl
 MAX_SKIPPED = 5                         # skipped steps in a row that end the run
@@ -194,23 +188,34 @@ def build_optimizers(model, config):
     for name, p in model.named_parameters():
         if p.requires_grad:
             hidden = p.ndim == 2 and not re.search("embedding|embed_tokens|queries", name)
-            groups = muon if config.muon_lr and hidden else adamw
-            rate = (config.scale_lr if "logit_" in name else
-                    config.text_lr if "text_model" in name else 1.0)
-            groups.setdefault((p.ndim >= 2, rate), []).append(p)
-
-    def param_groups(groups, share=1.0):                       # rate: share of learning_rate()
-        return [{"params": params, "rate": share * rate,
-                 "weight_decay": config.weight_decay if decays else 0.0}
-                for (decays, rate), params in groups.items()]
-    optimizers = [torch.optim.AdamW(param_groups(adamw), lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
+            is_muon = bool(config.muon_lr and hidden)
+            rate = ((config.muon_lr if is_muon else 1.0) * (                # share of the schedule's
+                config.scale_lr if "logit_" in name else
+                config.text_lr if "text_model" in name else 1.0))
+            group = (muon if is_muon else adamw).setdefault((p.ndim >= 2, rate), {
+                "params": [], "rate": rate, "weight_decay": config.weight_decay * (p.ndim >= 2)})
+            group["params"].append(p)
+    optimizers = [torch.optim.AdamW([*adamw.values()], lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
                                     fused=True)]
-    if muon:
-        optimizers.append(Muon(param_groups(muon, config.muon_lr), lr=config.lr))
-    return optimizers
+    return optimizers + ([Muon([*muon.values()], lr=config.lr)] if muon else [])
 
 
 # ---- batches ------------------------------------------------------------------------------------
+
+def images_per_step(config, given, n_rows, objectives, world):
+    """Images of a batch over all processes: config.batch_size each, fewer on a small data set.
+
+    given: --batch-size, or None. Without it, a batch shrinks until an epoch has min_batches, but
+    keeps 8 images for the sigmoid loss, which learns from negatives. Raises InputError."""
+    if n_rows < world or n_rows < 2 and "s" in objectives:
+        raise InputError(f"{n_rows} training images for {world} processes; expected one each, two "
+                         "for the sigmoid loss")
+    full, least = config.batch_size * world, min(8, n_rows) if "s" in objectives else 1
+    most = n_rows if given else max(world, least, n_rows // config.min_batches)
+    if most < full:
+        say(f"steps of {most} images instead of {full}: the training split has only {n_rows}")
+    return min(full, most)
+
 
 def batches_per_epoch(n_rows, batch_size, objectives, world=1):
     """A short last batch counts if each process gets an image and Eq. 1 a negative pair."""
@@ -229,22 +234,6 @@ def batches(n_rows, batch_size, per_epoch, seed, first, last, rank=0, world=1):
             order = np.random.default_rng([seed, epoch]).permutation(n_rows)
         batch = order[i * batch_size:(i + 1) * batch_size]
         yield [(epoch, int(row)) for row in np.array_split(batch, world)[rank]]
-
-
-def images_per_step(config, given, n_rows, objectives, world):
-    """Images of a batch over all processes: config.batch_size each, fewer on a small data set.
-
-    given: --batch-size, or None. Without it, a batch shrinks until an epoch has min_batches, but
-    keeps 8 images for the sigmoid loss, which learns from negatives. Raises InputError."""
-    if n_rows < world or n_rows < 2 and "s" in objectives:
-        raise InputError(f"{n_rows} training images for {world} processes; expected one each, two "
-                         "for the sigmoid loss")
-    full = config.batch_size * world
-    least = min(8, n_rows) if "s" in objectives else 1
-    most = n_rows if given else max(world, least, n_rows // config.min_batches)
-    if most < full:
-        say(f"steps of {most} images instead of {full}: the training split has only {n_rows}")
-    return min(full, most)
 
 
 def load_batches(model, rows, objectives, seed, keys, augment=0.0, workers=0):
@@ -270,20 +259,11 @@ def load_batches(model, rows, objectives, seed, keys, augment=0.0, workers=0):
 
 def ignore_signals(_):
     """In a worker: the main process handles signals; it still needs this step's batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- several processes: each computes the losses of the global batch ----------------------------
-
-def from_all(value):
-    """The value of each process, in the order of their ranks: [value] if there is only one."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
-
 
 def gather(x):
     """Rows (any number each) of all processes, in the order of their ranks; None stays None.
@@ -311,8 +291,7 @@ def average_gradients(parameters):
         return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
     dist.all_reduce(flat)
-    flat /= len(has)
-    for p, gradient in zip(used, flat.split([p.numel() for p in used])):
+    for p, gradient in zip(used, (flat / len(has)).split([p.numel() for p in used])):
         p.grad = gradient.view_as(p)
 
 
@@ -350,8 +329,7 @@ class Guard:
         if torch.stack(losses)[:, 0].isfinite().all() and (scaler.is_enabled() or norm.isfinite()):
             self.in_a_row = 0
             return True
-        self.skipped += 1
-        self.in_a_row += 1
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == MAX_SKIPPED:
             raise InputError(f"step {step + 1}: no finite loss or gradient in {MAX_SKIPPED} steps; "
                              "lower --lr, or look at this step's images: " + " ".join(paths))
@@ -362,8 +340,7 @@ class Guard:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if bad := sum(from_all(self.bad), []):
-            say(f"skipped unreadable images {len(bad)} times:\n"
-                + "\n".join(sorted(set(bad))[:10]))
+            say("\n".join([f"skipped unreadable images {len(bad)} times:", *sorted(set(bad))[:10]]))
         if self.skipped:
             say(f"skipped {self.skipped} steps without a finite loss and gradient")
         if self.in_a_row or 2 * self.skipped > steps:
@@ -397,14 +374,12 @@ def run_folder(args, path):
 
 
 def open_log(out, resume, step, config):
-    """Lock log.jsonl of the run folder -> the open file.
-
-    Resumed, it is cut to the lines up to the checkpoint. Otherwise an older run in the folder is
-    renamed to OUT.1, OUT.2, ..."""
+    """Lock log.jsonl of the run folder -> the open file. Resumed, it is cut to the lines up to the
+    checkpoint; otherwise an older run in the folder is renamed to OUT.1, OUT.2, ..."""
     if resume:
         log = metrics.lock(out / "log.jsonl")
         for draft in out.glob(".*.tmp"):                       # of a run that was killed
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+            draft.unlink()
         lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)[:step]
         log.truncate(sum(map(len, lines)))
         return log
@@ -413,9 +388,8 @@ def open_log(out, resume, step, config):
         out.rename(older)
         say(f"renamed the older run {out} to {older}")
     out.mkdir(parents=True, exist_ok=True)
-    log = metrics.lock(out / "log.jsonl")
     metrics.write_json(out / "config.json", dataclasses.asdict(config))
-    return log
+    return metrics.lock(out / "log.jsonl")
 
 
 def save_run(out, model, optimizers, scaler, step, settings):
@@ -443,8 +417,7 @@ def load_trainer(path, model, optimizers, scaler, settings):
         state = torch.load(path, map_location="cpu", weights_only=True)
         differ = {k: v for k, v in state["settings"].items()
                   if k != "data" and v != settings.get(k)}
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
-            NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except metrics.DAMAGED as error:
         raise InputError(f"{path}: damaged, or not a checkpoint of this train.py "
                          f"({first_line(error)}); train again with a new --out")
     if differ:
@@ -484,10 +457,10 @@ def validate(model, rows, objectives, batch_size):
     keys = [(0, i) for i in range(0, len(rows), math.ceil(len(rows) / 512))]
     keys = [keys[start:start + batch_size] for start in range(0, len(keys), batch_size)]
     sigmoids, nlls, tasks = [], [], []
+    t, b = model.siglip.logit_scale.exp(), model.siglip.logit_bias
     for batch in load_batches(model, rows, objectives, 0, keys):
         if len(batch["image"]):
             image_emb, text_emb, nll = model(batch)
-            t, b = model.siglip.logit_scale.exp(), model.siglip.logit_bias
             sigmoids.append(sigmoid_loss(image_emb, text_emb, t, b) if "s" in objectives else 0 * t)
             nlls.append(nll)
             tasks.append(batch["task_of_row"])
@@ -506,22 +479,18 @@ def draw_curves(log, w=420, h=300):
     picture, last = Image.new("RGB", (2 * w, 2 * h), "white"), lines[-1]["step"]
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for panel, name in enumerate(LOSSES[1:]):
-        train = [(line["step"], line[name]) for line in lines[::1 + len(lines) // 400]
-                 if line[name] is not None]
-        val = [(line["step"], line["val"][name]) for line in lines
-               if line.get("val") and line["val"][name] is not None]
-        high = max([value for _, value in [*train, *val]], default=1) or 1
+        train = [(line["step"], line[name]) for line in lines[::1 + len(lines) // 400]]
+        val = [(line["step"], line["val"][name]) for line in lines if line.get("val")]
+        high = max([value for _, value in train + val if value is not None], default=1) or 1
         left, top = panel % 2 * w + 20, panel // 2 * h + 30
         right, bottom = left + w - 40, top + h - 40
-
-        def place(points):
-            return [(left + (right - left) * step / last, bottom - (bottom - top) * value / high)
-                    for step, value in points]
+        train, val = ([(left + (right - left) * step / last, bottom - (bottom - top) * value / high)
+                       for step, value in points if value is not None] for points in (train, val))
         pen.rectangle((left, top, right, bottom), outline="#cccccc")
         pen.text((left, top - 20), f"{name.replace('_', ' ')}, 0 to {high:.1f}, in {last:,} steps: "
                  "train (line), val (dots)", "black", font)
-        pen.line(place(train), "#1f77b4", 2)
-        for point in place(val):
+        pen.line(train, "#1f77b4", 2)
+        for point in val:
             pen.circle(point, 4, "#d62728")
     return picture
 
@@ -540,20 +509,14 @@ def evaluate(model, rows, training_rows, batch_size=64):
         image_emb = torch.cat([model.encode_image(paths[i:i + batch_size])
                                for i in range(0, len(paths), batch_size)]).cpu()
         results |= retrieve.table_1(model, table, image_emb)
-        title = f"retrieval over {len(images)} test images and {len(texts)} sub-reports, %"
-        table_1 = retrieve.format_table_1({"LoFi": results}, retrieve.chance(table))
-        tables.append(f"{title}\n\n{table_1}")
-        print("\n" + tables[-1])
+        tables = [f"retrieval over {len(images)} test images and {len(texts)} sub-reports, %\n\n"
+                  + retrieve.format_table_1({"LoFi": results}, retrieve.chance(table))]
+        print("\n" + tables[0])
     if predictions := icl_ground.lofi_predictions(model, rows):
-        results["grounding"] = metrics.grounding_metrics(predictions)
-        scores = {"LoFi": {"grounding": results["grounding"]}}
-        if icl_ground.with_boxes(training_rows):
-            prior = icl_ground.prior_answers(metrics.phrase_prior(training_rows),
-                                             icl_ground.with_boxes(rows))
-            results["prior"] = metrics.grounding_metrics(prior)
-            scores["phrase prior"] = {"grounding": results["prior"]}
-        tables.append(f"grounding of {len(predictions)} test phrases, %\n"
-                      + metrics.grounding_table(scores))
+        scores = {"LoFi": {"grounding": metrics.grounding_metrics(predictions)}}
+        scores, text = icl_ground.with_prior(scores, rows, training_rows)
+        results |= scores["LoFi"]
+        tables.append(f"grounding of {len(predictions)} test phrases, %\n{text}")
         print("\n" + tables[-1])
     return results, tables
 
@@ -597,23 +560,21 @@ def finish_run(out, model, split, settings, began):
             print(tables[0])
     except InputError as error:
         raise InputError(f"{error}; the run is saved: fix the image, then evaluate with --resume")
-    results["seconds"] = round(time.time() - began, 1)
-    metrics.write_json(out / "metrics.json", results)
-    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
-                            capture_output=True).stdout.strip()
+    seconds = time.time() - began
+    metrics.write_json(out / "metrics.json", {**results, "seconds": round(seconds, 1)})
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                            capture_output=True).stdout.strip() if shutil.which("git") else ""
     card = MODEL_CARD.format(
         **settings, name=out.name, out=out, n_rows=len(split["train"]), commit=commit or "unknown",
         command=shlex.join(["python", *sys.argv]), scores="\n\n".join(tables))
     metrics.write_file(out / "README.md", lambda draft: draft.write_text(card))
 
-    print(f"\n{time.time() - began:.0f} s in total. Next:")
-    boxed = [(row["path"], region["phrase"]) for row in split["test"] for region in row["regions"]
-             if region["boxes"]]
-    if boxed:
-        path, phrase = map(shlex.quote, boxed[0])
+    print(f"\n{seconds:.0f} s in total. Next:")
+    for row in icl_ground.with_boxes(split["test"])[:1]:
+        phrase = shlex.quote(row["regions"][0]["phrase"])
         print(f"  python retrieve.py --checkpoint {out} --text {phrase}")
-        print(f"  python icl_ground.py --checkpoint {out} --lvlm lofi --image {path} "
-              f"--phrase {phrase}")
+        print(f"  python icl_ground.py --checkpoint {out} --lvlm lofi --image "
+              f"{shlex.quote(row['path'])} --phrase {phrase}")
     print(f"  python model.py export {out} {out}_siglip")
 
 
@@ -628,8 +589,7 @@ def phantom_folder(dry_run, rank):
     folder = Path("runs/phantom_data")
     if rank == 0 and not folder.exists():
         data.make_phantom(folder)
-    if dist.is_initialized():
-        dist.barrier()                                         # the other processes wait
+    from_all(rank)                                             # the other processes wait
     return folder
 
 
@@ -654,13 +614,13 @@ def read_rows(path, objectives):
 
 def find_config(args, start):
     """The config of the preset, or of the run to start from, changed by the flags."""
-    if start and args.preset not in (None, start.preset):
-        raise InputError(f"--preset {args.preset}: the run to start from has preset {start.preset}")
+    preset = args.preset or ("paper" if args.data else "tiny")
     names = ["lam", "batch_size", "lr", "augment"]             # flags that change it
     if start:
         config = start
+        if args.preset not in (None, start.preset):
+            raise InputError(f"--preset {preset}: the run to start from has preset {start.preset}")
     else:
-        preset = args.preset or ("paper" if args.data else "tiny")
         config = PHANTOM if preset == "tiny" and not args.data else PRESETS[preset]
         if args.random_init:
             config = dataclasses.replace(config, encoder=None, llm=None)
@@ -795,9 +755,9 @@ def main(args=None):
         if at_checkpoint and split["val"]:
             line["val"] = validate(model, split["val"], args.objectives, batch_size)
         print(json.dumps(line), file=log, flush=True)
+        shown |= {name: f"{value:.2f}" for name, value in values.items() if value is not None}
         if line.get("val"):
             shown["val"] = f"{line['val']['loss']:.2f}"
-        shown |= {name: f"{value:.2f}" for name, value in values.items() if value is not None}
         bar.set_postfix(shown, refresh=False)
         if (at_checkpoint or stop and writes) and not guard.in_a_row:
             save_run(out, model, optimizers, scaler, done, settings)
@@ -820,14 +780,4 @@ def main(args=None):
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (InputError, OSError) as error:
-        sys.exit(f"train.py: {first_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted")
-    except RuntimeError as error:       # CPU out-of-memory raises a plain RuntimeError
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
-            raise
-        sys.exit("train.py: out of memory; lower --batch-size (and raise --accumulate), "
-                 "or add --grad-checkpoint")
+    metrics.run_command(main, ARGS)

@@ -763,7 +763,7 @@ def test_an_input_is_never_overwritten(call, phantom, run_dir, tmp_path):
                  (*one, "--out", other), (*several, "--out", folder / "manifest.jsonl"),
                  (*several, "--out", tmp_path / "link.jsonl"), (*several, "--json", image),
                  (*several, "--checkpoint", run_dir, "--json", run_dir / "config.json")):
-        with pytest.raises(InputError, match="is an input"):
+        with pytest.raises(InputError, match="is an input|expected a .json file"):
             call(*args)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert not list(tmp_path.glob("runs/*.jsonl"))
@@ -781,7 +781,7 @@ def test_a_file_of_another_process_or_of_other_queries_is_refused(call, phantom,
     for extra in (whole.splitlines()[0], json.dumps({**json.loads(whole.splitlines()[0]),
                                                      "phrase": "Never asked."})):
         (tmp_path / "p.jsonl").write_text(whole + extra + "\n")
-        with pytest.raises(InputError, match="1 rows are duplicates or match no phrase"):
+        with pytest.raises(InputError, match="duplicate or not the next phrase"):
             call(*args)
     (tmp_path / "p.jsonl").write_text(whole)
     changed = tmp_path / "changed.jsonl"                       # other boxes under the same path

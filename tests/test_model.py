@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+from types import SimpleNamespace
 import sys
 
 import numpy as np
@@ -49,7 +50,9 @@ def test_paper_sizes():
         assert sum(p.numel() for p in llm.parameters()) == 268_098_176
         full = [i for i, kind in enumerate(llm.config.layer_types) if kind == "full_attention"]
         assert full == [5, 11, 17]
-    model = LoFi(PAPER, siglip, llm, None, None)
+    tokenizer = SimpleNamespace(name_or_path="", vocab_size=9, bos_token_id=1, eos_token_id=2,
+                                pad_token_id=0)
+    model = LoFi(PAPER, siglip, llm, tokenizer, tokenizer)
     count = lambda part: sum(p.numel() for p in lora(part).values())
     assert count(model.siglip) == 7_962_624 and count(model.llm) == 184_320
     assert model.pooling.queries.shape == (64, 1152)
