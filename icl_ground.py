@@ -9,11 +9,8 @@
 The pool images most similar to the query image, by the cosine of E_I, become demonstrations: turns
 of image, phrase and boxes before the query. For one image you will see JSON on stdout and an
 overlay PNG, predictions solid, ground truth dashed; for a set, the columns of Table 2 next to the
-phrase prior. Needs a run of train.py or another encoder, and for MedGemma its weights; a run of
-the tiny preset answers by its own decoder unless --lvlm is given.
-
-LoFi is never taught that a finding is absent, so it predicts boxes for almost any phrase. The score
-of an answer, the geometric mean probability of its tokens, is a hint, not a test.
+phrase prior. LoFi is never taught that a finding is absent, so it predicts boxes for almost any
+phrase; an answer's score, the geometric mean probability of its tokens, is a hint, not a test.
 
 K demonstrations  n phrases of an image  H LLM width
 boxes: (x0, y0, x1, y1), fractions of width and height; box_yxyx_1000: MedGemma's own format
@@ -108,7 +105,7 @@ import data
 import metrics
 import retrieve
 from metrics import InputError
-from model import (Encoder, LoFi, find_device, from_all, is_run, join_processes, load_pretrained,
+from model import (Encoder, LoFi, find_device, from_all, join_processes, load_pretrained,
                    rank_and_world, read_config, say)
 
 # ---- the prompt; not stated in the paper --------------------------------------------------------
@@ -141,8 +138,8 @@ CHAT_TEMPLATE = """\
 
 
 def turns(path, phrase, demonstrations, order="similar-last", blind=False):
-    """Chat messages: the demonstrations (given most similar first), then the query, whose phrase is
-    the end. Each image appears once, before its first triplet; with blind, not at all."""
+    """Chat messages: the demonstrations (given most similar first), then the query. Each image
+    appears once, before its first triplet; with blind, not at all."""
     groups = [list(group) for _, group in
               itertools.groupby(demonstrations, key=lambda triplet: triplet["path"])]
     if order == "similar-last":
@@ -172,9 +169,8 @@ def images_of(messages):
 
 
 def chat_ids(processor, messages):
-    """The ids of processor.apply_chat_template(messages, tokenize=True), without reading images.
-
-    processor: a multimodal processor, or a text model's tokenizer."""
+    """The ids of apply_chat_template(messages, tokenize=True), without reading images. processor: a
+    multimodal one, or a text model's tokenizer."""
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if images_of(messages):
         text = text.replace(processor.boi_token, processor.full_image_sequence)
@@ -239,9 +235,9 @@ THOUGHT = re.compile(r"<unused94>.*?(?:<unused95>|\Z)|\A.*<unused95>", re.DOTALL
 def parse_boxes(reply):
     """A reply -> (boxes_yxyx_1000, malformed). Never raises; an unreadable reply gives ([], True).
 
-    Its last JSON list counts, its thinking trace does not. Decimals, swapped corners, single quotes
-    and a cut-off end are read; values are clipped to [0, 1000]; boxes without area, repeated ones
-    and those of the instruction's example, which a base model may copy, are dropped."""
+    Its last JSON list counts, a thinking trace does not. Decimals, swapped corners, single quotes
+    and a cut-off end are read, values clipped to [0, 1000]; boxes without area, repeated ones and
+    the instruction's examples, which a base model may copy, are dropped."""
     lists = [part for part in re.findall(f"{LIST}|{OBJECTS}", THOUGHT.sub("", reply))
              if "box_2d" in part or FOUR_NUMBERS.search(part) or EMPTY_LIST.fullmatch(part)]
     answer, boxes = lists[-1] if lists else "", []
@@ -441,7 +437,7 @@ class InContext:
 def load_lvlm(source, device, args):
     """A Gemma 3 id or folder -> InContext. Raises InputError."""
     in_fp32 = args.precision == "fp32" or args.precision == "auto" and device.type == "cpu"
-    other = "lofi" if is_run(args.checkpoint) else "nearest"
+    other = "lofi" if read_config(args.checkpoint) else "nearest"
     hint = f"without it: python icl_ground.py {shlex.join([*sys.argv[1:], '--lvlm', other])}"
     is_text = load_pretrained(AutoConfig, source, hint).model_type == "gemma3_text"
     processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, source, hint)
@@ -475,7 +471,7 @@ def lofi_answers(model, rows, found=None):
         batch = queries[start:start + PHRASES_AT_ONCE]
         prompts = [data.GROUNDING_PROMPT.format(phrase=region["phrase"]) for _, region in batch]
         replies, scores = model.generate(visual[[i for i, _ in batch]], prompts,
-                                         model.config.answer_tokens, with_scores=True)
+                                         model.config.answer_tokens)
         for (i, region), reply, score in zip(batch, replies, scores):
             boxes, malformed = data.text_to_boxes(reply)
             predictions.append(prediction(rows[i], region, boxes, malformed, reply,

@@ -107,7 +107,6 @@ class Config:
     epochs: int | None = 10         #                                                   (Sec. 2.0.4)
     steps: int | None = None        # whichever of steps and epochs ends first
     batch_size: int = 16            #                                                   (Sec. 2.0.4)
-    min_batches: int = 1            # of an epoch, at least; a small set gets smaller batches
     muon_lr: float = 0.0            # rate of Muon for hidden matrices, as a share of lr; 0: AdamW
     text_lr: float = 1.0            # rate of the text tower, as a share of the others'
     scale_lr: float = 1.0           # rate of t' and b, as a share of lr
@@ -134,7 +133,7 @@ PAPER = Config()
 TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
     lr=1.2e-3, muon_lr=7.5, text_lr=0.3, scale_lr=10, warmup=0.02, weight_decay=0.05,
-    steps=1400, epochs=None, batch_size=48, min_batches=6, n_regions=3, max_target=34,
+    steps=1400, epochs=None, batch_size=36, n_regions=3, max_target=34,
     answer_tokens=64, augment=0.65, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
     text=dict(TINY_TOWER, num_hidden_layers=1, max_position_embeddings=24, projection_size=128),
@@ -254,19 +253,7 @@ def add_lora(part, rank, alpha, target_modules):
 # ---- E_I and E_T --------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer. LoFi extends it.
-
-    Embed a folder of images and search them:
-
-        encoder = Encoder.load("runs/phantom")             # or a SigLIP-family id or folder
-        paths = sorted(Path("images").glob("*.png"))
-        image_emb = torch.cat([encoder.encode_image(paths[i:i + 64])
-                               for i in range(0, len(paths), 64)])                 # (N, D)
-        text_emb = encoder.encode_text(["Large left pleural effusion."])           # (1, D)
-        cosine = (text_emb @ image_emb.T)[0]                                       # (N,)
-        for i in cosine.topk(5).indices:
-            print(f"{cosine[i]:.3f}", paths[i])
-    """
+    """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer. LoFi extends it."""
 
     def __init__(self, siglip, text_tokenizer):
         super().__init__()
@@ -283,7 +270,7 @@ class Encoder(nn.Module):
         if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir()):
             raise InputError(f"{source}: no such checkpoint; `python train.py` makes runs/phantom, "
                              "and --checkpoint takes a run, or a SigLIP-family id or folder")
-        if is_run(path):
+        if Path(path, "tokenizer", "text").is_dir():           # as only a run has it
             return LoFi.from_pretrained(source, device)
         encoder = Encoder(load_pretrained(SiglipModel, source, dtype=torch.float32),
                           load_pretrained(PreTrainedTokenizerFast, source)).to(device).eval()
@@ -419,41 +406,35 @@ class LoFi(Encoder):
     # ---- answers --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, visual, prompts, max_new_tokens=256, with_scores=False):
-        """Greedy, batched, KV-cached: visual (R, V, H) and R prompts -> R texts.
-
-        with_scores: also R floats, the geometric mean probability of the answer's tokens."""
+    def generate(self, visual, prompts, max_new_tokens=256):
+        """Greedy, batched, KV-cached: visual (R, V, H) and R prompts -> R texts, and R scores, the
+        geometric mean probability of the answer's tokens."""
         prompts = [torch.tensor(data.prompt_ids(self.llm_tokenizer, prompt), device=visual.device)
                    for prompt in prompts]
         embeds = [self.embed(v[None], ids[None])[0] for v, ids in zip(visual, prompts)]
         mask = [torch.ones(len(row), dtype=torch.long, device=visual.device) for row in embeds]
         pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        eos, pad = self.llm_tokenizer.eos_token_id, self.llm_tokenizer.pad_token_id
         out = self.llm.generate(                                                   # (R, n)
             inputs_embeds=pad_left(embeds), attention_mask=pad_left(mask), do_sample=False,
-            top_k=None, top_p=None, max_new_tokens=max_new_tokens,
-            eos_token_id=self.llm_tokenizer.eos_token_id,
-            pad_token_id=self.llm_tokenizer.pad_token_id)
-        texts = self.llm_tokenizer.batch_decode(out, skip_special_tokens=True)
-        return (texts, self.scores(visual, prompts, out)) if with_scores else texts
-
-    def scores(self, visual, prompts, answers):
-        """exp(-nll) of each answer -> R floats. Ids of prompts, a list of R, and answers (R, n)."""
-        ids, is_target = [], []
-        for prompt, answer in zip(prompts, answers):
-            is_eos = (answer == self.llm_tokenizer.eos_token_id).nonzero()
+            top_k=None, top_p=None, max_new_tokens=max_new_tokens, eos_token_id=eos,
+            pad_token_id=pad)
+        ids, is_target = [], []                                # the answers, to read their nll
+        for prompt, answer in zip(prompts, out):
+            is_eos = (answer == eos).nonzero()
             n_tokens = is_eos[0] + 1 if len(is_eos) else len(answer)       # padding follows <eos>
             ids.append(torch.cat([prompt, answer[:n_tokens]]))
             is_target.append(torch.arange(len(ids[-1]), device=visual.device) >= len(prompt))
         nll = self.nll(visual, pad_sequence(ids, batch_first=True),
                        pad_sequence(is_target, batch_first=True))
-        return [round(score, 4) for score in (-nll).exp().tolist()]
+        scores = [round(score, 4) for score in (-nll).exp().tolist()]
+        return self.llm_tokenizer.batch_decode(out, skip_special_tokens=True), scores
 
     @torch.no_grad()
     def ask(self, image, prompts, max_new_tokens=256):
         """Several prompts on one image, encoded once -> the answers and the score of each."""
         visual = self.visual_tokens(self.encode_image(image, with_patches=True)[1])
-        return self.generate(visual.expand(len(prompts), -1, -1), prompts, max_new_tokens,
-                             with_scores=True)
+        return self.generate(visual.expand(len(prompts), -1, -1), prompts, max_new_tokens)
 
     def report(self, image, with_score=False):
         """An image -> its report (Eq. 2)."""
@@ -529,12 +510,6 @@ class LoFi(Encoder):
 
 
 # ---- files --------------------------------------------------------------------------------------
-
-def is_run(folder):
-    """Whether a folder holds a run of train.py, whose config.json has our keys."""
-    path = Path(folder, "config.json")
-    return path.is_file() and '"n_queries"' in path.read_text(errors="replace")
-
 
 def read_config(folder):
     """config.json of a run folder -> Config; None if it is missing, damaged or not of a run."""

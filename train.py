@@ -49,7 +49,7 @@ def parse_args():
     add("--epochs", type=int, metavar="N", help="passes over the data (preset; paper: 10)")
     add("--steps", type=int, metavar="N", help="optimizer steps, if they end before the epochs")
     add("--batch-size", type=int, metavar="B", help="images per batch and process (preset; "
-        "paper: 16; tiny: fewer on a small data set)")
+        "paper: 16; at most the training split)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step, whose gradients "
         "are averaged; the sigmoid loss stays within a batch (default: 1)")
     add("--lr", type=float, metavar="X", help="learning rate after warm-up (preset; paper: 3e-4)")
@@ -141,46 +141,9 @@ def choose_precision(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): orthogonalized momentum, scaled to AdamW's update size.
-
-    Equals torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but multiplies all matrices of one
-    shape in one batch: half the time for the miniature on a CPU."""
-
-    def __init__(self, params, lr, momentum=0.85):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    update = p.grad.lerp(momentum, group["momentum"])      # Nesterov
-                    by_shape.setdefault(p.shape, []).append((p, update))
-            for shape, same in by_shape.items():
-                updates = orthogonalize(torch.stack([update for _, update in same]))
-                for (p, _), update in zip(same, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
-
-
-def orthogonalize(x):
-    """(n, rows, columns) matrices U S V^T -> approximately U V^T, by Newton-Schulz steps."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
-    for _ in range(5):
-        a = x @ x.mT                                                       # (n, rows, rows)
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)
-    return x
-
-
 def build_optimizers(model, config):
-    """AdamW for all trainable parameters; with muon_lr, Muon for the hidden matrices.
+    """AdamW for all trainable parameters; with muon_lr, Muon for the hidden matrices (Jordan et al.
+    2024), whose updates are scaled to AdamW's size.
 
     Only matrices decay; the text tower, t' and b have their own learning rates. AdamW's eps is
     above the rounding error of gradients that are zero in theory (the bias of an attention key)."""
@@ -188,34 +151,21 @@ def build_optimizers(model, config):
     for name, p in model.named_parameters():
         if p.requires_grad:
             hidden = p.ndim == 2 and not re.search("embedding|embed_tokens|queries", name)
-            is_muon = bool(config.muon_lr and hidden)
-            rate = ((config.muon_lr if is_muon else 1.0) * (                # share of the schedule's
-                config.scale_lr if "logit_" in name else
-                config.text_lr if "text_model" in name else 1.0))
-            group = (muon if is_muon else adamw).setdefault((p.ndim >= 2, rate), {
-                "params": [], "rate": rate, "weight_decay": config.weight_decay * (p.ndim >= 2)})
-            group["params"].append(p)
+            groups, rate = (muon, config.muon_lr) if hidden and config.muon_lr else (adamw, 1.0)
+            rate *= (config.scale_lr if "logit_" in name else
+                     config.text_lr if "text_model" in name else 1.0)       # of learning_rate()
+            decay = config.weight_decay if p.ndim >= 2 else 0.0
+            groups.setdefault((rate, decay), {"params": [], "rate": rate, "weight_decay": decay})
+            groups[rate, decay]["params"].append(p)
     optimizers = [torch.optim.AdamW([*adamw.values()], lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
                                     fused=True)]
-    return optimizers + ([Muon([*muon.values()], lr=config.lr)] if muon else [])
+    if muon:
+        optimizers.append(torch.optim.Muon([*muon.values()], lr=config.lr, momentum=0.85,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 # ---- batches ------------------------------------------------------------------------------------
-
-def images_per_step(config, given, n_rows, objectives, world):
-    """Images of a batch over all processes: config.batch_size each, fewer on a small data set.
-
-    given: --batch-size, or None. Without it, a batch shrinks until an epoch has min_batches, but
-    keeps 8 images for the sigmoid loss, which learns from negatives. Raises InputError."""
-    if n_rows < world or n_rows < 2 and "s" in objectives:
-        raise InputError(f"{n_rows} training images for {world} processes; expected one each, two "
-                         "for the sigmoid loss")
-    full, least = config.batch_size * world, min(8, n_rows) if "s" in objectives else 1
-    most = n_rows if given else max(world, least, n_rows // config.min_batches)
-    if most < full:
-        say(f"steps of {most} images instead of {full}: the training split has only {n_rows}")
-    return min(full, most)
-
 
 def batches_per_epoch(n_rows, batch_size, objectives, world=1):
     """A short last batch counts if each process gets an image and Eq. 1 a negative pair."""
@@ -552,7 +502,7 @@ LoFi is never taught that a finding is not there: it answers almost any phrase w
 def finish_run(out, model, split, settings, began):
     """Evaluate on the test split, write metrics.json and README.md, print the next commands."""
     print(f"saved {out}")
-    results, tables = {}, ["not evaluated: no test split, or random frozen towers (--random-init)"]
+    results, tables = {}, ["not evaluated: no test split, or frozen towers with random weights"]
     try:
         if split["test"]:
             results, tables = evaluate(model.eval(), split["test"], split["train"])
@@ -635,7 +585,12 @@ def build_model(args, source, rows, world):
     """Build a model, or load the run to start from -> (model, batch size over all processes)."""
     model = LoFi.from_pretrained(source) if source else None
     config = find_config(args, model and model.config)
-    batch_size = images_per_step(config, args.batch_size, len(rows), args.objectives, world)
+    batch_size = min(config.batch_size * world, len(rows))     # of all processes
+    if batch_size < config.batch_size * world:
+        say(f"steps of {batch_size} images: the training split has no more")
+    if batch_size < max(world, 2 * ("s" in args.objectives)):
+        raise InputError(f"{len(rows)} training images for {world} processes; expected one each, "
+                         "two for the sigmoid loss")
     if model:
         model.config = config
     else:
@@ -675,7 +630,7 @@ def main(args=None):
     model, batch_size = build_model(args, out if resumes else args.init, rows, world)
     model.to(device)
     config, trainable = model.config, [p for p in model.parameters() if p.requires_grad]
-    if args.random_init and config.lora_rank:
+    if config.lora_rank and not config.encoder:
         split["val"] = split["test"] = []                      # frozen towers would stay random
 
     # schedule, optimizer, checkpoint
@@ -742,8 +697,6 @@ def main(args=None):
                 for optimizer in optimizers:
                     scaler.step(optimizer)
             scaler.update()
-        else:                                                  # no image could be read
-            guard.skipped += 1
         model.zero_grad()
 
         # log, checkpoint, stop

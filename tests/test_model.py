@@ -5,8 +5,8 @@ import dataclasses
 import itertools
 import json
 import os
-from types import SimpleNamespace
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,7 +196,7 @@ def test_generate_is_the_argmax_of_the_full_forward(model, rows):
                "Detect all instances of: a much longer phrase than that.", "x"]
     _, patches = model.encode_image([row["path"] for row in rows[:3]], with_patches=True)
     visual = model.visual_tokens(patches)
-    answers = model.generate(visual, prompts, max_new_tokens=12)
+    answers, _ = model.generate(visual, prompts, max_new_tokens=12)
     for v, prompt, answer in zip(visual, prompts, answers):
         ids = torch.tensor([data.prompt_ids(model.llm_tokenizer, prompt)])
         new = []
@@ -371,7 +371,7 @@ def test_a_score_is_the_geometric_mean_probability(model, rows):
     prompts = ["Detect all instances of: a longer phrase.", "x"]
     _, patches = model.encode_image([row["path"] for row in rows[:2]], with_patches=True)
     visual = model.visual_tokens(patches)
-    _, scores = model.generate(visual, prompts, 6, with_scores=True)
+    _, scores = model.generate(visual, prompts, 6)
     for v, prompt, score in zip(visual, prompts, scores):
         ids, log_p = data.prompt_ids(model.llm_tokenizer, prompt), []
         while len(log_p) < 6 and ids[-1] != model.llm_tokenizer.eos_token_id:
