@@ -39,6 +39,7 @@ except ImportError:                                              # Windows: file
 # Q queries  C candidates  K cutoff rank  N, M predicted and target boxes of a query
 # boxes: (x0, y0, x1, y1), fractions of width and height; preds, targets: a list of boxes a query
 
+KS = (1, 5, 10, 20, 40)                                          # the columns of Table 1
 PERCENT = ("Ro/L", "Ro/S", "F@0.5", "P@0.5", "R@0.5")            # the columns of Tables 2 to 4
 
 
@@ -134,22 +135,22 @@ def format_table(rows):
 
 # ---- retrieval (Table 1) -------------------------------------------------------------------------
 
-def recall_at_k(ranked, query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
+def recall_at_k(ranked, query_ids, candidate_ids, ks=KS):
     """R@K = share of queries with one of their own among the first K candidates (Table 1).
 
     ranked: (Q, >= min(max(ks), C)) candidate indices, best first; ids: (Q,) and (C,) image names.
-    An image with several texts is a hit at its first one."""
-    n_queries, n_ranks = len(query_ids), min(max(ks), len(candidate_ids))
-    if not n_queries or not n_ranks:
+    An image with several texts is a hit at its first one. Raises InputError if Q or C is 0."""
+    n_ranks = min(max(ks), len(candidate_ids))
+    if not len(query_ids) or not n_ranks:
         raise InputError("retrieval expects at least one query and one candidate, got "
-                         f"{n_queries} and {len(candidate_ids)}")
+                         f"{len(query_ids)} and {len(candidate_ids)}")
     ranked = np.asarray(ranked)[:, :n_ranks]
-    assert ranked.shape == (n_queries, n_ranks) and ranked.min() >= 0, f"ranked {ranked.shape}"
+    assert ranked.shape == (len(query_ids), n_ranks) and ranked.min() >= 0, f"{ranked.shape}"
     own = np.asarray(candidate_ids)[ranked] == np.asarray(query_ids)[:, None]   # (Q, n_ranks)
     return {f"R@{k}": float(own[:, :k].any(1).mean()) for k in ks}
 
 
-def chance_recall(query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
+def chance_recall(query_ids, candidate_ids, ks=KS):
     """The expected R@K of candidates in random order, the row "chance" of Table 1.
 
     A query that owns m of C candidates misses with all of its first K with probability
@@ -345,12 +346,11 @@ def row_problem(row):
     """An error message for an invalid row of a predictions file, else None."""
     if not isinstance(row, dict):
         return f"got {row!r:.60}, expected a JSON object (see --help)"
-    kinds = {"image": [str], "phrase": [str], "boxes": [list], "pred": [list],
-             "malformed": [bool, type(None)], "score": [float, int, type(None)]}
-    for key, types in kinds.items():
-        if type(row.get(key)) not in types:
+    for key, kinds in {"image": [str], "phrase": [str], "boxes": [list], "pred": [list],
+                       "malformed": [bool, type(None)], "score": [float, int, type(None)]}.items():
+        if type(row.get(key)) not in kinds:
             got = f"{row[key]!r:.60}" if key in row else "nothing"
-            return f'got {got} for "{key}", expected a {types[0].__name__}'
+            return f'got {got} for "{key}", expected a {kinds[0].__name__}'
     for box in row["boxes"] + row["pred"]:
         if problem := box_problem(box):
             return (f"the box {box!r:.80} {problem}; expected [x0, y0, x1, y1] as fractions of the "
@@ -362,15 +362,15 @@ def read_predictions(path):
     ..." for the first invalid line."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file, expected one that icl_ground.py --out writes")
-    rows, lines = [], Path(path).read_bytes().splitlines()
-    for number, line in enumerate(lines, 1):
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
+            problem = row_problem(row)
         except ValueError:
-            cut = "; if its writer was interrupted, delete the line" if number == len(lines) else ""
-            raise InputError(f"{path}:{number}: got {str(line[:40])[1:]}, expected a whole JSON "
-                             f"object on the line{cut}") from None
-        if problem := row_problem(row):
+            problem = (f"got {str(line[:40])[1:]}, expected a whole JSON object on the line; if its "
+                       "writer was interrupted, delete the line")
+        if problem:
             raise InputError(f"{path}:{number}: {problem}")
         rows.append({"malformed": False, **row, "boxes": drop_degenerate(row["boxes"]),
                      "pred": drop_degenerate(row["pred"])})
@@ -397,11 +397,11 @@ def phrase_table(rows, least=5, n=10):
     for row in rows:
         if row["boxes"] or row["pred"]:
             groups[row["phrase"]].append(row)
-    scores = [grounding_metrics(group) | {"phrase": phrase} for phrase, group in groups.items()
-              if len(group) >= least]
-    scores.sort(key=lambda score: score["mIoU"])
-    table = [(score["phrase"], f"{100 * score['mIoU']:.2f}", f"{100 * score['F@0.5']:.2f}",
-              str(score["n_queries"])) for score in scores]
+    scores = {phrase: grounding_metrics(group) for phrase, group in groups.items()
+              if len(group) >= least}
+    table = [(phrase, f"{100 * score['mIoU']:.2f}", f"{100 * score['F@0.5']:.2f}",
+              str(score["n_queries"]))
+             for phrase, score in sorted(scores.items(), key=lambda item: item[1]["mIoU"])]
     if len(table) > 2 * n:
         table[n:-n] = [("...", "", "", "")]
     return (f"{len(scores)} of {len(groups)} phrases occur at least {least} times; worst first\n"
@@ -412,12 +412,11 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("predictions", nargs="+", type=Path, metavar="PREDICTIONS",
-        help="predictions files, a query a line as above; the file's name is the model's")
-    add("--json", type=Path, metavar="PATH", help="also write the scores there, as fractions, "
-        "under each model's name if there are several files (default: not written)")
+    add("predictions", nargs="+", type=Path, metavar="PREDICTIONS", help="predictions files as above")
+    add("--json", type=Path, metavar="PATH", help="also write the scores there, as fractions, by "
+        "file name if there are several (default: not written)")
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of the images for the "
-        "95 %% intervals, seed 0; 0 prints none (default: %(default)s; the paper prints none)")
+        "95 %% intervals, seed 0; 0 prints none (default: 1000; the paper prints none)")
     add("--by", choices=["phrase"], help="also list the ten worst and ten best phrases by mIoU, of "
         "those that occur at least five times (default: not listed; not in the paper)")
     args = parser.parse_args()
@@ -439,12 +438,10 @@ def main():
         results[name] = {"grounding": scores}
         if args.bootstrap:
             results[name]["intervals"] = bootstrap(rows, args.bootstrap)
-        counts = ("{n_queries} queries, {n_malformed} malformed; {TP} of {n_pred} predicted and of "
-                  "{n_gt} true boxes match; mIoU {mIoU:.2%}").format(**scores)
-        notes.append(f"\n{name}: {counts}")
+        notes.append("\n{}: {n_queries} queries, {n_malformed} malformed; {TP} of {n_pred} predicted "
+                     "and of {n_gt} true boxes match; mIoU {mIoU:.2%}".format(name, **scores))
         if args.by:
             notes.append(phrase_table(rows))
-
     print(grounding_table(results), *notes, sep="\n")
     if args.json:
         write_json(args.json, results if len(results) > 1 else results[name])

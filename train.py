@@ -619,12 +619,12 @@ def build_model(args, source, rows, world):
     """Build a model, or load the run to start from -> (model, batch size over all processes)."""
     model = LoFi.from_pretrained(source) if source else None
     config = find_config(args, model and model.config)
+    if len(rows) < max(world, 2 * ("s" in args.objectives)):
+        raise InputError(f"{len(rows)} training images for {world} processes; expected one each, "
+                         "two for the sigmoid loss")
     batch_size = min(config.batch_size * world, len(rows))     # of all processes
     if batch_size < config.batch_size * world:
         say(f"steps of {batch_size} images: the training split has no more")
-    if batch_size < max(world, 2 * ("s" in args.objectives)):
-        raise InputError(f"{len(rows)} training images for {world} processes; expected one each, "
-                         "two for the sigmoid loss")
     if model:
         model.config = config
     else:

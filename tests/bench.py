@@ -508,7 +508,7 @@ def formulation(folder, naive, times=3):
 
 def bench_train(steps=45, batch_size=48, rounds=3):
     """train.py's loop, the bare step and Hugging Face's Trainer in turn, medians of the rounds; the
-    naive formulation; the parts; then all of `paper`."""
+    naive formulation; the parts."""
     import dataclasses
 
     import torch
@@ -550,7 +550,7 @@ def bench_train(steps=45, batch_size=48, rounds=3):
         figures |= {"GFLOP a step": flops / 1e9, "GFLOP/s of the bare step": rate / 1e9,
                     "GFLOP/s of a matmul": peak / 1e9, "share of the matmul's": rate / peak}
         figures |= parts_of_a_step(*train_parts(phantom, TINY, batch_size)[:4], batches[0])
-    return figures | bench_paper()
+    return figures
 
 
 def parts_of_a_step(model, optimizers, dataset, collate, batch, times=5):

@@ -347,7 +347,7 @@ def test_a_wrong_row_is_named(tmp_path, change, found):
 @pytest.mark.parametrize("text, message", [
     ("", "is empty"),
     (json.dumps(row()) + "\n" + json.dumps(row())[:50], r":2: got .*writer was interrupted"),
-    (json.dumps(row())[:50] + "\n" + json.dumps(row()), ":1: got .*object on the line$"),
+    (json.dumps(row())[:50] + "\n" + json.dumps(row()), ":1: got .*object on the line"),
     ("[1, 2]\n", r":1: got \[1, 2\], expected a JSON object"),
     ('{"image": "a.png"}\n', ':1: got nothing for "phrase"'),
 ])
