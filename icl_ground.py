@@ -105,8 +105,8 @@ import data
 import metrics
 import retrieve
 from metrics import InputError
-from model import (Encoder, LoFi, find_device, from_all, join_processes, load_pretrained,
-                   rank_and_world, read_config, say)
+from model import (Encoder, LoFi, check_checkpoint, find_device, from_all, join_processes,
+                   load_pretrained, rank_and_world, read_config, say)
 
 # ---- the prompt; not stated in the paper --------------------------------------------------------
 # The box format is MedGemma 1.5's own. Each demonstration is a user turn that ends with its phrase
@@ -718,7 +718,7 @@ def main(args=None):
         encoders, ks = [args.checkpoint], [0]
     if any(ks):
         for encoder in encoders:
-            retrieve.check_checkpoint(encoder)
+            check_checkpoint(encoder)
     try:
         source = args.data or retrieve.trained_on(args.checkpoint)
     except InputError:

@@ -266,11 +266,8 @@ class Encoder(nn.Module):
     def load(source, device="cpu"):
         """A run folder of train.py -> LoFi; a SigLIP-family id or folder -> Encoder, for baselines.
         Raises InputError."""
-        path = Path(source)
-        if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir()):
-            raise InputError(f"{source}: no such checkpoint; `python train.py` makes runs/phantom, "
-                             "and --checkpoint takes a run, or a SigLIP-family id or folder")
-        if Path(path, "tokenizer", "text").is_dir():           # as only a run has it
+        check_checkpoint(source)
+        if Path(source, "tokenizer", "text").is_dir():         # as only a run has it
             return LoFi.from_pretrained(source, device)
         encoder = Encoder(load_pretrained(SiglipModel, source, dtype=torch.float32),
                           load_pretrained(PreTrainedTokenizerFast, source)).to(device).eval()
@@ -510,6 +507,14 @@ class LoFi(Encoder):
 
 
 # ---- files --------------------------------------------------------------------------------------
+
+def check_checkpoint(source):
+    """Raise InputError if a run is missing, before it is looked for on the Hub."""
+    path = Path(source)
+    if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir()):
+        raise InputError(f"{source}: no such checkpoint; python train.py makes runs/phantom, and "
+                         "--checkpoint takes a run, or a SigLIP-family id or folder")
+
 
 def read_config(folder):
     """config.json of a run folder -> Config; None if it is missing, damaged or not of a run."""

@@ -30,8 +30,7 @@ def parse_args():
     add = group.add_mutually_exclusive_group().add_argument
     add("--image", metavar="FILE", help="find the images nearest to this one by the cosine of E_I "
         "(Sec. 2.0.2), which itself is left out")
-    add("--text", metavar="WORDS",
-        help="find the images nearest to this sentence by the cosine of E_T and E_I")
+    add("--text", metavar="WORDS", help="find the images nearest to this sentence by E_T and E_I")
     add("--categories", nargs="+", metavar="WORDS", help="also zero-shot AUROC and P@K of findings "
         "such as 'nodule', by the sentences of reports that name them, and heat maps as a PNG")
     group.add_argument("--k", type=int, metavar="N", help="images to find (default: 5, or all of a "
@@ -45,16 +44,13 @@ def parse_args():
     add("--split", choices=["train", "val", "test", "all"], default="test",
         help="rows to evaluate or to search (default: test, as in Sec. 3.0.1)")
 
-    add = parser.add_argument_group("output").add_argument
+    add = parser.add_argument_group("output and machine").add_argument
     add("--png", default="runs/retrieve.png", metavar="FILE",
         help="contact sheet of a search, or heat maps (default: %(default)s)")
-    add("--json", metavar="FILE", help="also write the result there, R@K as fractions; by "
+    add("--json", metavar="FILE", help="also write the result there, R@K as fractions, by "
         "checkpoint if there are several (default: not written)")
-
-    add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--batch-size", type=int, default=64, metavar="B",
-        help="images embedded at a time (default: %(default)s)")
+    add("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
     args = parser.parse_args()
 
     for flag, value in (("--batch-size", args.batch_size), ("--k", args.k)):
@@ -77,7 +73,6 @@ ARGS = parse_args() if __name__ == "__main__" else None
 import hashlib
 import math
 import os
-import pickle
 import re
 import shlex
 import textwrap
@@ -95,8 +90,8 @@ from transformers import logging as transformers_logging
 import data
 import metrics
 from metrics import InputError, check_output, format_table, write_file, write_json
-from model import (Encoder, LoFi, find_device, join_processes, rank_and_world, read_weights, say,
-                   write_weights)
+from model import (Encoder, LoFi, check_checkpoint, find_device, join_processes, rank_and_world,
+                   read_weights, say, write_weights)
 
 # ---- embeddings and nearest neighbours ----------------------------------------------------------
 
@@ -319,13 +314,6 @@ def heat_map_sheet(encoder, rows, categories, most=4):
 
 # ---- checkpoint and data, and the command -------------------------------------------------------
 
-def check_checkpoint(source):
-    """Raise InputError if a run in runs/ is missing, before it is looked for on the Hub."""
-    if Path(source).parts[0] == "runs" and not Path(source).is_dir():
-        raise InputError(f"{source}: no such checkpoint; python train.py makes runs/phantom, "
-                         "and --checkpoint takes a run, or a SigLIP-family id or folder")
-
-
 def check_outputs(outputs, inputs, rows, checkpoints):
     """Raise InputError if an output (None for one that is not written) is a file that the command
     reads: inputs are images and manifests or their folders, rows those of the manifests."""
@@ -339,14 +327,13 @@ def check_outputs(outputs, inputs, rows, checkpoints):
 def trained_on(checkpoint):
     """The manifest that trainer.pt says the checkpoint was trained on; for a model without one, and
     for a phantom run that was moved, runs/phantom_data. Raises InputError if it is missing."""
-    trainer, own = Path(checkpoint) / "trainer.pt", DEFAULT_DATA
-    if trainer.exists():
-        try:
-            state = torch.load(trainer, map_location="cpu", weights_only=True, mmap=True)
-            own = state["settings"]["data"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-            raise InputError(f"{trainer}: damaged, so it does not say what the run was trained on; "
-                             "give --data")
+    trainer = Path(checkpoint, "trainer.pt")
+    try:
+        own = torch.load(trainer, map_location="cpu", weights_only=True, mmap=True)[
+            "settings"]["data"] if trainer.exists() else DEFAULT_DATA
+    except metrics.DAMAGED:
+        raise InputError(f"{trainer}: damaged, so it does not say what the run was trained on; "
+                         "give --data")
     for path in (own, DEFAULT_DATA):
         if Path(path).exists() and Path(path).name == Path(own).name:
             return path
@@ -440,6 +427,8 @@ def main(args=None):
         print(f"\n{format_table_1(results, chance(table))}")
         if args.categories:
             print_categories(results)
+            if not sheet:
+                print("\nno picture: no phrase with boxes mentions one of these")
         results = results if len(results) > 1 else results[source]
         command = ["retrieve.py", "--checkpoint", source, "--data", str(path), "--text", phrase]
     if sheet:
