@@ -268,21 +268,20 @@ def print_categories(results):
 # ---- pictures -----------------------------------------------------------------------------------
 
 def card(title, row, picture=None, frame="black", size=360):
-    """A cell of a sheet: a row's image or, without one, its words; below, title, study and words.
-    picture: to draw instead of the row's image."""
-    cell, words = Image.new("RGB", (size, size + 88), (18, 18, 18)), words_of(row)
-    pen, (small, middle, large) = ImageDraw.Draw(cell), map(ImageFont.load_default, (13, 15, 22))
+    """A cell of a sheet: a row's image with its boxes, title, study and the start of its words; or
+    a text query in large letters. picture: to draw instead of the row's image."""
+    cell, inside = Image.new("RGB", (size, size + 88), (18, 18, 18)), (size - 8, size - 8)
+    pen, font = ImageDraw.Draw(cell), ImageFont.load_default(14)
     if row["path"]:
-        image = (picture or data.load_image(row["path"])).convert("RGB")
-        image = ImageOps.contain(image, (size - 8, size - 8))
+        image = ImageOps.contain((picture or data.load_image(row["path"])).convert("RGB"), inside)
         data.draw_boxes(image, row["regions"])
-        cell.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-        start = textwrap.wrap(words, 50, max_lines=3, placeholder=" ...")
-        pen.text((8, size + 26), "\n".join(start), (200, 200, 200), small)
+        cell.paste(ImageOps.pad(image, inside), (4, 4))
+        words = textwrap.wrap(words_of(row), 50, max_lines=3, placeholder=" ...")
+        pen.text((8, size + 26), "\n".join(words), (200, 200, 200), font)
     else:
-        quoted = textwrap.fill(textwrap.shorten(words, 300, placeholder=" ..."), 28)
-        pen.text((size / 2, size / 2), quoted, "white", large, anchor="mm", align="center")
-    pen.text((8, size + 5), f"{title}, {row['study']}"[:48], "white", middle)
+        quoted = textwrap.fill(textwrap.shorten(row["report"], 300, placeholder=" ..."), 28)
+        pen.text((size / 2, size / 2), quoted, "white", ImageFont.load_default(22), anchor="mm")
+    pen.text((8, size + 5), f"{title}, {row['study']}"[:48], "white", font)
     pen.rectangle([0, 0, size - 1, size + 87], outline=frame, width=3)
     return cell
 
