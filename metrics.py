@@ -3,20 +3,21 @@
     python metrics.py PREDICTIONS [...] [--json PATH] [--bootstrap N] [--by phrase]
 
 prints a row for each predictions file, in percent, each value with its 95 % interval over images,
-such as 73.49 [70.12, 76.63]. The file has one query, an image and a phrase, on each line:
+such as 73.49 [70.12, 76.63]. A file has one query, an image and a phrase, on each line:
 
     {"image": "images/0001.png", "phrase": "The heart is enlarged.",
      "boxes": [[0.38, 0.51, 0.78, 0.84]], "pred": [[0.40, 0.50, 0.80, 0.85]],
      "raw": "the model's reply", "malformed": false, "score": 0.93}
 
-"boxes" are the true boxes, "pred" the predicted ones; either may be []. These may be missing:
-"raw", "malformed" (the reply could not be read and counts as no boxes) and "score" (how sure the
-model is, from 0 to 1). icl_ground.py writes such files.
+"boxes" are the true boxes, "pred" the predicted ones; either may be []. "raw", "malformed" (the
+reply could not be read and counts as no boxes) and "score" (how sure the model is, 0 to 1) may be
+missing. icl_ground.py writes such files.
 """
 
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -31,15 +32,9 @@ from pathlib import Path
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:                                              # Windows: files are not locked
-    fcntl = None
-
 # Q queries  C candidates  K cutoff rank  N, M predicted and target boxes of a query
 # boxes: (x0, y0, x1, y1), fractions of width and height; preds, targets: a list of boxes a query
 
-KS = (1, 5, 10, 20, 40)                                          # the columns of Table 1
 PERCENT = ("Ro/L", "Ro/S", "F@0.5", "P@0.5", "R@0.5")            # the columns of Tables 2 to 4
 
 
@@ -77,8 +72,8 @@ def run_command(main, *args, interrupted="interrupted"):
 
 
 def write_file(path, write):
-    """Write a file atomically: write(draft), then rename the draft to path; make missing folders.
-    Raises InputError if it cannot be written; a file that was there is then unchanged."""
+    """Write a file atomically, and its folders: write(draft), then rename the draft to path.
+    Raises InputError; a file that was there is then unchanged."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -107,18 +102,19 @@ def check_output(path, inputs):
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")
-    if path.exists() and any(Path(given).exists() and path.samefile(given) for given in inputs):
-        raise InputError(f"{path}: is an input of this command and would be overwritten; choose "
-                         "another output path")
+    if path.exists() and any(Path(file).exists() and path.samefile(file) for file in inputs):
+        raise InputError(f"{path}: is an input and would be overwritten; choose another output")
 
 
 def lock(path):
-    """Open a file to append and lock it -> the open file; the lock ends with its process.
-    Raises InputError if another process holds the lock."""
+    """Open a file to append and lock it, until the process ends. Raises InputError if another
+    process holds the lock."""
     file = open(path, "a")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:                                          # Windows: files are not locked
+        pass
     except BlockingIOError:
         file.close()
         raise InputError(f"{path}: another process is writing this file; wait for it to end, or "
@@ -135,26 +131,22 @@ def format_table(rows):
 
 # ---- retrieval (Table 1) -------------------------------------------------------------------------
 
-def recall_at_k(ranked, query_ids, candidate_ids, ks=KS):
+def recall_at_k(ranked, query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
     """R@K = share of queries with one of their own among the first K candidates (Table 1).
-
-    ranked: (Q, >= min(max(ks), C)) candidate indices, best first; ids: (Q,) and (C,) image names.
-    An image with several texts is a hit at its first one. Raises InputError if Q or C is 0."""
-    n_ranks = min(max(ks), len(candidate_ids))
-    if not len(query_ids) or not n_ranks:
-        raise InputError("retrieval expects at least one query and one candidate, got "
-                         f"{len(query_ids)} and {len(candidate_ids)}")
-    ranked = np.asarray(ranked)[:, :n_ranks]
-    assert ranked.shape == (len(query_ids), n_ranks) and ranked.min() >= 0, f"{ranked.shape}"
+    ranked: (Q, >= min(max(ks), C)) candidate indices, best first; ids: (Q,) and (C,) images."""
+    n_queries, n = len(query_ids), len(candidate_ids)
+    if not n_queries or not n:
+        raise InputError(f"got {n_queries} queries and {n} candidates, expected at least one query "
+                         "and one candidate")
+    ranked = np.asarray(ranked)[:, :max(ks)]
+    assert ranked.shape == (n_queries, min(max(ks), n)) and ranked.min() >= 0, ranked.shape
     own = np.asarray(candidate_ids)[ranked] == np.asarray(query_ids)[:, None]   # (Q, n_ranks)
     return {f"R@{k}": float(own[:, :k].any(1).mean()) for k in ks}
 
 
-def chance_recall(query_ids, candidate_ids, ks=KS):
-    """The expected R@K of candidates in random order, the row "chance" of Table 1.
-
-    A query that owns m of C candidates misses with all of its first K with probability
-    (C-m)/C * (C-m-1)/(C-1) * ..., K factors. Query a, candidates a, a, b: R@1 2/3, R@2 1."""
+def chance_recall(query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
+    """The expected R@K of candidates in random order: a query that owns m of C misses K times with
+    probability (C-m)/C * (C-m-1)/(C-1) * .. (K factors). Query a of a, a, b: R@1 2/3, R@2 1."""
     n, n_own = len(candidate_ids), Counter(candidate_ids)
     own = np.array([n_own[query] for query in query_ids])[:, None]          # (Q, 1)
     left = n - np.arange(min(max(ks), n))                                   # (K,) not yet drawn
@@ -173,14 +165,13 @@ def auroc(scores, labels):
     return float((below + not_above).mean() / 2 / len(negatives))
 
 
-# ---- boxes ---------------------------------------------------------------------------------------
+# ---- boxes and grounding (Tables 2 to 4) ---------------------------------------------------------
 
 def box_problem(box):
     """An error message for an invalid box, expected [x0, y0, x1, y1] in fractions; else None."""
-    if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
-        return "is not a list of 4 numbers"
-    if not all(abs(v) < np.inf for v in box):                    # NaN compares as False
-        return "has a value that is not finite"
+    if not (isinstance(box, list) and len(box) == 4
+            and all(type(v) in (int, float) and abs(v) < np.inf for v in box)):  # nor NaN
+        return "is not a list of 4 numbers, or has one that is not finite"
     if max(box) > 2:
         return "looks like pixels: divide x by the image's width and y by its height"
     if box[2] <= box[0] or box[3] <= box[1]:
@@ -196,7 +187,6 @@ def drop_degenerate(boxes):
 
 def box_iou(a, b, generalized=False):
     """IoU = intersection / union. (N, 4), (M, 4) -> (N, M), in [0, 1].
-
     generalized: GIoU = IoU - (hull - union) / hull, in (-1, 1], with the enclosing box as hull
     (Rezatofighi et al. 2019). (0, 0, .2, .2), (.4, 0, .6, .2): 0 - (.12 - .08) / .12 = -1/3."""
     a, b = np.asarray(a, float).reshape(len(a), 1, 4), np.asarray(b, float).reshape(1, len(b), 4)
@@ -212,9 +202,7 @@ def box_iou(a, b, generalized=False):
 
 def hungarian(cost):
     """The min(N, M) one-to-one pairs of least total cost, by shortest augmenting paths.
-
-    cost: (N, M), finite. Returns (rows, cols). [[1, 2], [1, 9]]: rows [0, 1], cols [1, 0], cost 3,
-    where taking the cheapest pair first would cost 10."""
+    cost: (N, M), finite -> (rows, cols). [[1, 2], [1, 9]]: [0, 1], [1, 0]; greedy would cost 10."""
     cost = np.asarray(cost, float)
     n_rows, n_cols = cost.shape
     if n_rows > n_cols:
@@ -239,17 +227,8 @@ def hungarian(cost):
     return np.arange(n_rows), col_of_row
 
 
-# ---- grounding (Tables 2 to 4): each score is a ratio of two sums over the queries ---------------
-
-def match_count(pred, target, threshold=0.5):
-    """TP of one query: the most one-to-one pairs with IoU >= threshold, *not stated in the paper*.
-    Taking the best pair first, and so on, can find fewer."""
-    hit = box_iou(pred, target) >= threshold - 1e-9              # an IoU of exactly 1/2 counts
-    return int(hit[hungarian(-hit.astype(float))].sum())
-
-
 def ratio(values, counts, weights=None):
-    """sum(values) / sum(counts) over the queries, (Q,) each; 0 where nothing is counted.
+    """Each score: sum(values) / sum(counts) over the queries, (Q,) each; 0 where none is counted.
     weights (n, Q): how often each of n resamples drew a query (see bootstrap) -> (n,) ratios."""
     weights = np.ones(len(values)) if weights is None else weights
     return weights @ values / np.maximum(weights @ counts, 1)
@@ -258,10 +237,13 @@ def ratio(values, counts, weights=None):
 def precision_recall_f1(preds, targets, threshold=0.5, weights=None):
     """P = TP / n_pred, R = TP / n_gt, F = 2 P R / (P + R) = 2 TP / (n_pred + n_gt): micro.
 
-    That the paper's scores are micro is inferred: whole numbers of TP out of n_gt = 1521 boxes give
-    every R of Tables 2 to 4. Its best row, k = 40: TP 376, n_pred 1447, so P .2598, R .2472, F
-    .2534. The keys follow the threshold."""
-    tp = np.array([match_count(*pair, threshold) for pair in zip(preds, targets, strict=True)])
+    TP of a query: the most one-to-one pairs with IoU >= threshold, *not stated in the paper*; the
+    best pair first, and so on, can be fewer. Micro is inferred: whole numbers of TP out of n_gt =
+    1521 boxes give every R of Tables 2 to 4; k = 40: TP 376, n_pred 1447, so P .2598, R .2472."""
+    tp = np.zeros(len(preds), int)
+    for i, (pred, target) in enumerate(zip(preds, targets, strict=True)):
+        hit = box_iou(pred, target) >= threshold - 1e-9          # an IoU of exactly 1/2 counts
+        tp[i] = hit[hungarian(-hit.astype(float))].sum()
     n_pred, n_gt = (np.array([*map(len, boxes)]) for boxes in (preds, targets))
     return {f"F@{threshold:g}": ratio(2 * tp, n_pred + n_gt, weights),
             f"P@{threshold:g}": ratio(tp, n_pred, weights),
@@ -311,9 +293,8 @@ def bootstrap(rows, n=1000, seed=0):
     """{metric: (low, high)}: percentile 95 % intervals, n resamples of the IMAGES with replacement:
     the phrases of an image share its pixels and are not independent, so they stay together."""
     images, image_of_row = np.unique([row["image"] for row in rows], return_inverse=True)
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(len(images), size=len(images)) for _ in range(n)]
-    times_drawn = np.stack([np.bincount(draw, minlength=len(images)) for draw in draws])
+    rng, i = np.random.default_rng(seed), len(images)
+    times_drawn = np.stack([np.bincount(rng.integers(i, size=i), minlength=i) for _ in range(n)])
     values = grounding_metrics(rows, times_drawn[:, image_of_row])          # {metric: (n,)}
     return {key: tuple(np.percentile(values[key], [2.5, 97.5]).tolist())
             for key in (*PERCENT, "mIoU")}
@@ -322,9 +303,9 @@ def bootstrap(rows, n=1000, seed=0):
 def phrase_prior(rows):
     """A grounder that never sees the image: phrase -> its median box in the training rows.
 
-    Where a phrase has several boxes, they are sorted, and the r-th answer is the median of all r-th
-    boxes, if at least half of the phrase's occurrences have that many. An unknown phrase gets the
-    median of all boxes. Raises InputError if the rows have no box."""
+    The boxes of an occurrence are sorted; the r-th answer is the median of all r-th boxes, if at
+    least half of the phrase's occurrences have that many. An unknown phrase gets the median of all
+    boxes. Raises InputError if the rows have no box."""
     box_lists = defaultdict(list)                                # phrase -> sorted boxes of each
     for row in rows:
         for region in row.get("regions") or []:
@@ -335,8 +316,8 @@ def phrase_prior(rows):
     unknown, medians = [np.median(all_boxes, axis=0).tolist()], {}
     for phrase, lists in box_lists.items():
         n_boxes = max(1, sorted(map(len, lists))[len(lists) // 2])          # half have as many
-        ranks = [[boxes[r] for boxes in lists if len(boxes) > r] for r in range(n_boxes)]
-        medians[phrase] = [np.median(boxes, axis=0).tolist() for boxes in ranks if boxes]
+        ranks = list(itertools.zip_longest(*lists))[:n_boxes]               # the r-th box of each
+        medians[phrase] = [np.median([*filter(None, rank)], axis=0).tolist() for rank in ranks]
     return lambda phrase: [list(box) for box in medians.get(phrase) or unknown]
 
 
@@ -344,13 +325,12 @@ def phrase_prior(rows):
 
 def row_problem(row):
     """An error message for an invalid row of a predictions file, else None."""
-    if not isinstance(row, dict):
-        return f"got {row!r:.60}, expected a JSON object (see --help)"
-    for key, kinds in {"image": [str], "phrase": [str], "boxes": [list], "pred": [list],
-                       "malformed": [bool, type(None)], "score": [float, int, type(None)]}.items():
-        if type(row.get(key)) not in kinds:
+    kinds = {"image": [str], "phrase": [str], "boxes": [list], "pred": [list],
+             "malformed": [bool, type(None)], "score": [float, int, type(None)]}
+    for key, types in kinds.items():
+        if type(row.get(key)) not in types:
             got = f"{row[key]!r:.60}" if key in row else "nothing"
-            return f'got {got} for "{key}", expected a {kinds[0].__name__}'
+            return f'got {got} for "{key}", expected a {types[0].__name__}'
     for box in row["boxes"] + row["pred"]:
         if problem := box_problem(box):
             return (f"the box {box!r:.80} {problem}; expected [x0, y0, x1, y1] as fractions of the "
@@ -358,24 +338,22 @@ def row_problem(row):
 
 
 def read_predictions(path):
-    """Predictions file -> its rows, without boxes of almost no area. Raises InputError "file:line:
-    ..." for the first invalid line."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file, expected one that icl_ground.py --out writes")
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+    """Predictions file -> its rows, without boxes of almost no area. Raises InputError."""
+    rows, lines = [], Path(path).read_bytes().splitlines() if Path(path).is_file() else []
+    if not lines:
+        raise InputError(f"{path}: no such file, or it is empty; expected one JSON object on each "
+                         "line, as icl_ground.py --out writes (see --help)")
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            problem = row_problem(row)
-        except ValueError:
-            problem = (f"got {str(line[:40])[1:]}, expected a whole JSON object on the line; if its "
-                       "writer was interrupted, delete the line")
-        if problem:
+            row = dict(json.loads(line))                         # TypeError: a number, a list, ..
+        except (ValueError, TypeError):
+            cut = "; if its writer was interrupted, delete the line" if number == len(lines) else ""
+            raise InputError(f"{path}:{number}: got {line[:40].decode(errors='replace')}, expected "
+                             f"a JSON object on the line{cut}") from None
+        if problem := row_problem(row):
             raise InputError(f"{path}:{number}: {problem}")
         rows.append({"malformed": False, **row, "boxes": drop_degenerate(row["boxes"]),
                      "pred": drop_degenerate(row["pred"])})
-    if not rows:
-        raise InputError(f"{path}: is empty, expected one JSON object on each line (see --help)")
     return rows
 
 
@@ -385,8 +363,7 @@ def grounding_table(results):
     for model, result in results.items():
         cells = [f"{100 * result['grounding'][key]:.2f}" for key in PERCENT]
         for i, key in enumerate(PERCENT if "intervals" in result else ()):
-            low, high = result["intervals"][key]
-            cells[i] += f" [{100 * low:.2f}, {100 * high:.2f}]"
+            cells[i] += " [{:.2f}, {:.2f}]".format(*(100 * end for end in result["intervals"][key]))
         table.append((model, *cells))
     return format_table(table)
 
@@ -408,27 +385,22 @@ def phrase_table(rows, least=5, n=10):
             + format_table([("phrase", "mIoU", "F@0.5", "queries"), *table]))
 
 
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("predictions", nargs="+", type=Path, metavar="PREDICTIONS", help="predictions files as above")
-    add("--json", type=Path, metavar="PATH", help="also write the scores there, as fractions, by "
-        "file name if there are several (default: not written)")
-    add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of the images for the "
-        "95 %% intervals, seed 0; 0 prints none (default: 1000; the paper prints none)")
-    add("--by", choices=["phrase"], help="also list the ten worst and ten best phrases by mIoU, of "
-        "those that occur at least five times (default: not listed; not in the paper)")
+    add("predictions", nargs="+", type=Path, metavar="PREDICTIONS", help="a file for each model")
+    add("--json", type=Path, metavar="PATH", help="also write the scores there, as fractions")
+    add("--bootstrap", type=int, default=1000, metavar="N",
+        help="resamples of the images for the 95 %% intervals; 0: none, as in the paper "
+        "(default: %(default)s)")
+    add("--by", choices=["phrase"], help="also list the ten worst and ten best phrases by mIoU")
     args = parser.parse_args()
     if args.bootstrap < 0:
         parser.error(f"--bootstrap: got {args.bootstrap}, expected a number of resamples, or 0")
-    return args
-
-
-def main():
-    args = parse_args()
     if args.json:
         check_output(args.json, args.predictions)
+
     stems = [path.stem for path in args.predictions]
     names = stems if len(set(stems)) == len(stems) else map(str, args.predictions)
     results, notes = {}, []
@@ -438,8 +410,9 @@ def main():
         results[name] = {"grounding": scores}
         if args.bootstrap:
             results[name]["intervals"] = bootstrap(rows, args.bootstrap)
-        notes.append("\n{}: {n_queries} queries, {n_malformed} malformed; {TP} of {n_pred} predicted "
-                     "and of {n_gt} true boxes match; mIoU {mIoU:.2%}".format(name, **scores))
+        notes.append("\n{}: {n_queries} queries, {n_malformed} malformed; {TP} of {n_pred} "
+                     "predicted and of {n_gt} true boxes match; mIoU {mIoU:.2%}".format(
+                         name, **scores))
         if args.by:
             notes.append(phrase_table(rows))
     print(grounding_table(results), *notes, sep="\n")

@@ -10,7 +10,6 @@
 You will see a bar while images are embedded (once: the embeddings are kept with the checkpoint),
 then R@K in the paper's columns, and by chance; or, for a search, study, similarity and the start of
 each report, and a contact sheet PNG.
-
 Q queries  N images or texts of the pool  D shared width
 """
 
@@ -28,29 +27,27 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to do (default: Table 1)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--image", metavar="FILE", help="find the images nearest to this one by the cosine of E_I "
-        "(Sec. 2.0.2), which itself is left out")
+    add("--image", metavar="FILE", help="find the images nearest to this one by E_I (Sec. 2.0.2)")
     add("--text", metavar="WORDS", help="find the images nearest to this sentence by E_T and E_I")
-    add("--categories", nargs="+", metavar="WORDS", help="also zero-shot AUROC and P@K of findings "
-        "such as 'nodule', by the sentences of reports that name them, and heat maps as a PNG")
-    group.add_argument("--k", type=int, metavar="N", help="images to find (default: 5, or all of a "
-                       "smaller pool; Table 1 always prints R@1 to R@40)")
+    add("--categories", nargs="+", metavar="WORDS",
+        help="also zero-shot AUROC, P@K and heat maps of findings such as 'nodule'")
+    group.add_argument("--k", type=int, metavar="N",
+                       help="images to find (default: 5, or all of a smaller pool)")
 
     add = parser.add_argument_group("model and data").add_argument
-    add("--checkpoint", nargs="+", default=[DEFAULT_RUN], metavar="RUN", help="run folders of "
-        "train.py, or SigLIP-family ids or folders: a row of Table 1 each (default: %(default)s)")
+    add("--checkpoint", nargs="+", default=[DEFAULT_RUN], metavar="RUN",
+        help="runs of train.py, or SigLIP-family ids or folders (default: %(default)s)")
     add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file (default: the "
         f"data of the first checkpoint; without a run folder, {DEFAULT_DATA})")
     add("--split", choices=["train", "val", "test", "all"], default="test",
         help="rows to evaluate or to search (default: test, as in Sec. 3.0.1)")
-
-    add = parser.add_argument_group("output and machine").add_argument
-    add("--png", default="runs/retrieve.png", metavar="FILE",
-        help="contact sheet of a search, or heat maps (default: %(default)s)")
-    add("--json", metavar="FILE", help="also write the result there, R@K as fractions, by "
-        "checkpoint if there are several (default: not written)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--png", default="runs/retrieve.png", metavar="FILE",
+        help="contact sheet of a search, or heat maps (default: %(default)s)")
+    add("--json", metavar="FILE", help="also write the result there, R@K as fractions")
     args = parser.parse_args()
 
     for flag, value in (("--batch-size", args.batch_size), ("--k", args.k)):
@@ -93,6 +90,7 @@ from metrics import InputError, check_output, format_table, write_file, write_js
 from model import (Encoder, LoFi, check_checkpoint, find_device, join_processes, rank_and_world,
                    read_weights, say, write_weights)
 
+
 # ---- embeddings and nearest neighbours ----------------------------------------------------------
 
 @torch.no_grad()
@@ -103,10 +101,10 @@ def text_embeddings(encoder, texts, batch_size=256):
     n_cut = sum(len(data.plain_ids(tokenizer, text.lower())) > length - 1 for text in texts)
     if n_cut:
         say(f"truncated {n_cut:,} of {len(texts):,} texts to the text encoder's {length} tokens")
-    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    unique = list(place)
+    unique = list(dict.fromkeys(texts))
     emb = torch.cat([encoder.encode_text(unique[i:i + batch_size]).cpu()
                      for i in range(0, len(unique), batch_size)])
+    place = {text: i for i, text in enumerate(unique)}
     return emb[[place[text] for text in texts]]
 
 
@@ -129,9 +127,9 @@ def cache_file(encoder, path, rows):
 
 @torch.no_grad()
 def image_embeddings(encoder, path, rows, batch_size=64):
-    """E_I of the images of manifest rows -> (N, D) float32 on the CPU, of unit length, read
-    from the cache if it is there. path: the manifest or its folder, which the cache is named after.
-    Under torchrun each process embeds every n-th batch. Raises InputError."""
+    """E_I of the images of manifest rows -> (N, D) float32 on the CPU, of unit length, read from
+    the cache if it is there. path: the manifest or its folder. Under torchrun each process embeds
+    every n-th batch. Raises InputError."""
     if not rows:
         raise InputError(f"{path}: no images to embed, the pool is empty")
     file, (rank, world) = cache_file(encoder, path, rows), rank_and_world()
@@ -163,8 +161,6 @@ def image_embeddings(encoder, path, rows, batch_size=64):
 
 def check_k(k, n):
     """Raise InputError unless 1 <= k <= n, the images of the pool."""
-    if n < 1:
-        raise InputError("the pool has no other image; take a larger one (--data, --split)")
     if not 1 <= k <= n:
         raise InputError(f"k is {k}, expected 1 to {n:,}, which is all of the pool; lower --k or "
                          "take a larger pool (--data, --split)")
@@ -172,22 +168,17 @@ def check_k(k, n):
 
 @torch.no_grad()
 def top_k(queries, pool, k, chunk=2 ** 26):
-    """The k largest cosines of each query with the pool -> (similarity (Q, k), index (Q, k)).
-
-    queries (Q, D), pool (N, D): of unit length, on one device; the result is on the CPU, best
-    first. chunk: similarities held at a time. Raises InputError."""
+    """The k largest cosines of queries (Q, D) with a pool (N, D), on one device -> similarity
+    and index, (Q, k) each, on the CPU, best first. chunk: similarities held at a time."""
     check_k(k, len(pool))
     n = min(len(queries), max(1, chunk // len(pool)))          # queries at a time
     cosine = queries.new_empty(n, len(pool))                   # one buffer for all    (n, N)
-    similarity, index = [], []
-    for part in queries.split(n):
-        nearest = torch.mm(part, pool.T, out=cosine[:len(part)]).topk(k)           # (n, k)
-        similarity.append(nearest.values.cpu())
-        index.append(nearest.indices.cpu())
-    return torch.cat(similarity), torch.cat(index)
+    similarity, index = zip(*(torch.mm(part, pool.T, out=cosine[:len(part)]).topk(k)
+                              for part in queries.split(n)))                       # (n, k) each
+    return torch.cat(similarity).cpu(), torch.cat(index).cpu()
 
 
-# ---- Table 1 ------------------------------------------------------------------------------------
+# ---- Table 1; zero-shot classification and P@K by category, not in the paper --------------------
 
 def table_1(encoder, table, image_emb):
     """R@K of Table 1 -> {"i2t": {"R@1": .., ..}, "t2i": {..}}, as fractions. An image finds its
@@ -213,14 +204,11 @@ def format_table_1(results, by_chance):
     """{model: {"i2t": .., "t2i": ..}}, and chance in the same form -> Table 1 in percent."""
     tables = []
     for way, name in (("i2t", "Image-to-Text"), ("t2i", "Text-to-Image")):
-        rows = [(name, *by_chance[way])]
-        for model, result in {**results, "chance": by_chance}.items():
-            rows.append((model, *(f"{100 * value:.2f}" for value in result[way].values())))
-        tables.append(format_table(rows))
+        rows = [(model, *(f"{100 * value:.2f}" for value in result[way].values()))
+                for model, result in {**results, "chance": by_chance}.items()]
+        tables.append(format_table([(name, *by_chance[way]), *rows]))
     return "\n\n".join(tables)
 
-
-# ---- categories: zero-shot classification and P@K; not in the paper -----------------------------
 
 def words_of(row):
     """An image's report, or its phrases where it has none."""
@@ -240,12 +228,12 @@ def category_scores(encoder, rows, image_emb, category):
     The prompt is the mean E_T of the 20 most common sentences of these rows that mention the
     category, or "Nodule." if there are none. AUROC is of its cosine minus that of "No nodule.";
     P@K is the share of the K images nearest to the prompt that show it."""
-    sentences = [[sentence for sentence in data.split_sentences(words_of(row))
-                  if mentions(sentence, category)] for row in rows]
-    labels = np.array([len(naming) > 0 for naming in sentences])
-    common = Counter(sentence for naming in sentences for sentence in naming).most_common(20)
+    named = [[sentence for sentence in data.split_sentences(words_of(row))
+              if mentions(sentence, category)] for row in rows]
+    labels = np.array([len(sentences) > 0 for sentences in named])
     word = category.lower().strip(" .")
-    prompts = [sentence for sentence, _ in common] or [f"{word.capitalize()}."]
+    common = Counter(text for texts in named for text in texts).most_common(20)
+    prompts = [text for text, _ in common] or [f"{word.capitalize()}."]
     *present, absent = text_embeddings(encoder, [*prompts, f"No {word}."])
     prompt = torch.nn.functional.normalize(torch.stack(present).mean(0), dim=0)    # (D,)
     nearest = top_k(prompt[None], image_emb, min(10, len(rows)))[1][0].numpy()     # best first
@@ -268,20 +256,16 @@ def print_categories(results):
 # ---- pictures -----------------------------------------------------------------------------------
 
 def card(title, row, picture=None, frame="black", size=360):
-    """A cell of a sheet: a row's image with its boxes, title, study and the start of its words; or
-    a text query in large letters. picture: to draw instead of the row's image."""
-    cell, inside = Image.new("RGB", (size, size + 88), (18, 18, 18)), (size - 8, size - 8)
-    pen, font = ImageDraw.Draw(cell), ImageFont.load_default(14)
-    if row["path"]:
-        image = ImageOps.contain((picture or data.load_image(row["path"])).convert("RGB"), inside)
-        data.draw_boxes(image, row["regions"])
-        cell.paste(ImageOps.pad(image, inside), (4, 4))
-        words = textwrap.wrap(words_of(row), 50, max_lines=3, placeholder=" ...")
-        pen.text((8, size + 26), "\n".join(words), (200, 200, 200), font)
-    else:
-        quoted = textwrap.fill(textwrap.shorten(row["report"], 300, placeholder=" ..."), 28)
-        pen.text((size / 2, size / 2), quoted, "white", ImageFont.load_default(22), anchor="mm")
-    pen.text((8, size + 5), f"{title}, {row['study']}"[:48], "white", font)
+    """A cell of a sheet: a row's image, or a picture in its place; below, title, study, words."""
+    image = (picture or data.load_image(row["path"])).convert("RGB")
+    image = ImageOps.contain(image, (size - 8, size - 8))
+    data.draw_boxes(image, row["regions"])
+    cell = Image.new("RGB", (size, size + 88), (18, 18, 18))
+    cell.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    words = textwrap.wrap(words_of(row), 48, max_lines=3, placeholder=" ...")
+    lines = "\n".join([f"{title}, {row['study']}"[:48], *words])
+    pen = ImageDraw.Draw(cell)
+    pen.text((8, size + 4), lines, "white", ImageFont.load_default(14))
     pen.rectangle([0, 0, size - 1, size + 87], outline=frame, width=3)
     return cell
 
@@ -290,15 +274,13 @@ def over_image(heat, image, size=352):
     """The warmer half of a heat map (g, g), red to yellow, over a grey image -> PIL image."""
     grey = ImageOps.contain(image.convert("L"), (size, size))
     heat = (heat - np.median(heat)) / (heat.max() - np.median(heat) + 1e-9)        # (g, g), <= 1
-    warmth = Image.fromarray((255 * heat.clip(0)).astype(np.uint8))
-    warmth = warmth.resize(grey.size, Image.Resampling.BICUBIC)
+    warmth = Image.fromarray((255 * heat.clip(0)).astype(np.uint8)).resize(grey.size)  # bicubic
     colour = ImageOps.colorize(warmth, "red", "yellow")
     return Image.composite(colour, grey.convert("RGB"), warmth.point(lambda value: 0.7 * value))
 
 
 def heat_map_sheet(encoder, rows, categories, most=4):
-    """The first images with boxes of each category, under the heat maps of their phrases -> PIL
-    image, or None if there are no such images."""
+    """The first images with boxes of each category, under their heat maps -> PIL image, or None."""
     cells = []
     for category in categories:
         shown = [(row, region) for row in rows for region in row["regions"]
@@ -306,8 +288,7 @@ def heat_map_sheet(encoder, rows, categories, most=4):
         for row, region in shown[:most]:
             heat = encoder.heat_map(row["path"], [region["phrase"]])[0].cpu().numpy()
             picture = over_image(heat, data.load_image(row["path"]))
-            cells.append(card(category, {**row, "report": region["phrase"], "regions": [
-                {**region, "phrase": ""}]}, picture))
+            cells.append(card(category, {**row, "regions": [region]}, picture))
     return data.tile(cells, most) if cells else None
 
 
@@ -331,17 +312,16 @@ def trained_on(checkpoint):
         own = torch.load(trainer, map_location="cpu", weights_only=True, mmap=True)[
             "settings"]["data"] if trainer.exists() else DEFAULT_DATA
     except metrics.DAMAGED:
-        raise InputError(f"{trainer}: damaged, so it does not say what the run was trained on; "
-                         "give --data")
+        raise InputError(f"{trainer}: damaged, so its data is not known; give --data")
     for path in (own, DEFAULT_DATA):
         if Path(path).exists() and Path(path).name == Path(own).name:
             return path
-    raise InputError(f"{checkpoint}: {own}, its data, cannot be found; give --data, a folder with "
-                     "manifest.jsonl")
+    raise InputError(f"{checkpoint}: {own}, its data, cannot be found; give --data")
 
 
-def search(query_emb, pool, image_emb, k):
-    """The k rows of the pool nearest to a query (1, D), with rank and similarity; printed."""
+def search(query, query_emb, pool, image_emb, k):
+    """Print the k rows of the pool nearest to a query (1, D) -> the rows, with rank and similarity;
+    a contact sheet with the query, a row, first."""
     [similarity], [index] = top_k(query_emb, image_emb, k)                         # (k,) each
     found = [{**pool[i], "rank": n, "similarity": round(value, 6)}
              for n, (value, i) in enumerate(zip(similarity.tolist(), index.tolist()), 1)]
@@ -350,7 +330,14 @@ def search(query_emb, pool, image_emb, k):
     starts = [textwrap.shorten(words_of(row), 80, placeholder=" ...") for row in found]
     for line, start in zip(table.splitlines(), ["report", *starts]):
         print(f"{line}  {start}")
-    return found
+    picture = None
+    if not query["path"]:                                      # a text, in large letters
+        picture, font = Image.new("L", (352, 352)), ImageFont.load_default(22)
+        words = textwrap.fill(textwrap.shorten(query["report"], 300, placeholder=" ..."), 28)
+        ImageDraw.Draw(picture).text((176, 176), words, 255, font, anchor="mm", align="center")
+    cells = [card("query", query, picture, "orange"), *(
+        card(f"{row['rank']}, cosine {row['similarity']:.3f}", row) for row in found)]
+    return found, data.tile(cells, math.ceil(len(cells) ** 0.5))
 
 
 def main(args=None):
@@ -374,13 +361,13 @@ def main(args=None):
     others = [i for i, row in enumerate(pool) if row is not own]
     images, texts, _ = table = data.sub_report_table(pool)
     if searching:
-        k = args.k or min(5, len(others))
+        k = args.k or max(1, min(5, len(others)))
         check_k(k, len(others))
     elif not texts:
         raise InputError("no image of the split has a report, and Table 1 ranks reports; give "
                          "other --data or --split, or search with --image")
-    drawn = args.png if searching or args.categories else None
-    check_outputs((args.json, drawn), [*filter(None, (args.image, path))], rows, args.checkpoint)
+    check_outputs((args.json, (searching or args.categories) and args.png),
+                  [path, args.image or path], rows, args.checkpoint)
     rank, _ = join_processes()
 
     # ---- embed in all processes, then search or evaluate in the first
@@ -389,12 +376,13 @@ def main(args=None):
         began, encoder = time.time(), Encoder.load(source, device)
         image_emb = image_embeddings(encoder, path, pool, args.batch_size)
         if rank == 0 and not searching:
-            result = {**table_1(encoder, table, image_emb), "n_images": len(images)}
+            results[source] = {**table_1(encoder, table, image_emb), "n_images": len(images)}
             if args.categories:
-                result["categories"] = {name: category_scores(encoder, pool, image_emb, name)
-                                        for name in args.categories}
+                results[source]["categories"] = {
+                    name: category_scores(encoder, pool, image_emb, name)
+                    for name in args.categories}
                 sheet = sheet or heat_map_sheet(encoder, pool, args.categories)
-            results[source] = {**result, "seconds": round(time.time() - began, 1)}
+            results[source]["seconds"] = round(time.time() - began, 1)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
@@ -405,25 +393,21 @@ def main(args=None):
     if searching:
         left_out = "; the query itself is left out" if len(others) < len(pool) else ""
         print(f"{source} on {len(others):,} images of {title}{left_out}")
+        query = own or {"study": Path(args.image or "text").name, "path": args.image,
+                        "report": args.text or "", "regions": []}
         query_emb = (encoder.encode_image(args.image).cpu() if args.image
                      else text_embeddings(encoder, [args.text]))                   # (1, D)
-        found = search(query_emb, [pool[i] for i in others], image_emb[others], k)
+        found, sheet = search(query, query_emb, [pool[i] for i in others], image_emb[others], k)
         keys = ("rank", "similarity", "study", "patient", "split", "image", "report", "regions")
         results = {"query": args.image or args.text, "checkpoint": source, "data": str(path),
                    "n_images": len(others),
                    "results": [{key: row[key] for key in keys} for row in found]}
-        query = own or {"study": Path(args.image or "text").name, "path": args.image,
-                        "report": args.text or "", "regions": []}
-        cells = [card("query", query, frame="orange"), *(
-            card(f"{row['rank']}, cosine {row['similarity']:.3f}", row) for row in found)]
-        sheet = data.tile(cells, math.ceil(len(cells) ** 0.5))
         how = ["lofi"] if isinstance(encoder, LoFi) else ["nearest", "--data", str(path)]
         command = ["icl_ground.py", "--checkpoint", source, "--lvlm", *how, "--image",
                    args.image or found[0]["path"], "--phrase", phrase]
     else:
         print(f"\nTable 1 on {title}: {len(images):,} images, one per study, and {len(texts):,} "
-              "sub-reports; %")
-        print(f"\n{format_table_1(results, chance(table))}")
+              f"sub-reports; %\n\n{format_table_1(results, chance(table))}")
         if args.categories:
             print_categories(results)
             if not sheet:
