@@ -82,7 +82,6 @@ import contextlib
 import filecmp
 import functools
 import itertools
-import logging
 import os
 import re
 import shlex
@@ -98,7 +97,6 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoTokenizer, DynamicCache, Gemma3ForCausalLM,
                           Gemma3ForConditionalGeneration, Gemma3Processor, StopStringCriteria)
-from transformers import logging as transformers_logging
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import data
@@ -106,7 +104,7 @@ import metrics
 import retrieve
 from metrics import InputError
 from model import (Encoder, LoFi, check_checkpoint, find_device, from_all, join_processes,
-                   load_pretrained, rank_and_world, read_config, say)
+                   load_pretrained, rank_and_world, read_config, say, silence_libraries)
 
 # ---- the prompt; not stated in the paper --------------------------------------------------------
 # The box format is MedGemma 1.5's own. Each demonstration is a user turn that ends with its phrase
@@ -648,7 +646,7 @@ def check_args(args):
              "--image takes one --k and one encoder; several are for a set"),
             (args.out and Path(args.out).suffix != suffix, f"--out: expected a {suffix} file"),
             (args.json and args.image, "--json is for a set's scores, not for --image"),
-            (args.json and (not args.json.endswith(".json") or args.json.endswith(".settings.json")),
+            (args.json and not re.search(r"(?<!\.settings)\.json$", args.json),
              f"--json {args.json}: expected a .json file of its own")):
         if wrong:
             raise InputError(problem)
@@ -689,6 +687,16 @@ def shown_prompt(ground, row, demonstrations):
         f"{token[0]}[{ground.processor.image_seq_length} image tokens: {next(paths)}]"), text)
 
 
+def made_from(source, pool, checkpoint):
+    """What predictions depend on apart from flags -> settings: a run may be trained again, a
+    manifest written again."""
+    weights = Path(checkpoint, "model.safetensors")
+    return {"data": str(Path(source).resolve()), "pool": str(Path(pool).resolve()),
+            "manifests": [zlib.crc32(data.manifest_path(path).read_bytes())
+                          for path in (source, pool)], "encoder": checkpoint,
+            "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None}
+
+
 def print_answer(answer, out, **more):
     """Write the overlay of an answer and print it as JSON, with boxes in pixels too."""
     if not answer["pred"]:
@@ -704,9 +712,7 @@ def print_answer(answer, out, **more):
 
 def main(args=None):
     args = args or parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    silence_libraries()
     check_args(args)
     began, device = time.time(), find_device(args.device)
     rank, _ = join_processes()
@@ -716,9 +722,8 @@ def main(args=None):
     encoders, ks = args.encoders or [args.checkpoint], args.k
     if lvlm in ("lofi", "prior") or not any(ks):               # no demonstrations
         encoders, ks = [args.checkpoint], [0]
-    if any(ks):
-        for encoder in encoders:
-            check_checkpoint(encoder)
+    for encoder in encoders if any(ks) else []:
+        check_checkpoint(encoder)
     try:
         source = args.data or retrieve.trained_on(args.checkpoint)
     except InputError:
@@ -782,12 +787,7 @@ def main(args=None):
             print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
                   f"{args.checkpoint} --data {source or 'DIR'}", file=sys.stderr)
             return
-        weights = Path(checkpoint, "model.safetensors")        # the run may be trained again
-        settings |= {"data": str(Path(source).resolve()), "pool": str(Path(pool).resolve()),
-                     "manifests": [zlib.crc32(data.manifest_path(path).read_bytes())
-                                   for path in (source, pool)],
-                     "encoder": checkpoint,
-                     "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None}
+        settings |= made_from(source, pool, checkpoint)
         for k in ks:
             several = len(encoders) * len(ks) > 1
             part = "_" + re.sub(r"[^\w-]+", "_", checkpoint).strip("_") + f"_k{k}"

@@ -36,8 +36,8 @@ def parse_args():
     words = "print JSON: an image's report, the boxes of phrases, or the sentence of a box"
     ask = commands.add_parser(
         "ask", help=words, description=words, epilog="A score is the geometric mean probability of "
-        "an answer's tokens, a hint, not a test: LoFi is never taught that a finding is absent, and "
-        "answers almost any phrase with boxes.")
+        "an answer's tokens, a hint, not a test: LoFi is never taught that a finding is absent, so "
+        "it answers almost any phrase with boxes.")
     ask.add_argument("run", help="run folder of train.py")
     ask.add_argument("image", help="a chest X-ray of any mode and size")
     add = ask.add_mutually_exclusive_group().add_argument
@@ -52,6 +52,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 # ruff: noqa: E402
 import dataclasses
 import functools
+import logging
 import math
 import os
 import re
@@ -644,6 +645,13 @@ def from_all(value):
     return values
 
 
+def silence_libraries():
+    """Keep transformers and the Hub from printing notes and progress bars."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def say(text):
     """Print, once for all processes."""
     if rank_and_world()[0] == 0:
@@ -674,8 +682,7 @@ def export(run, out):
 
 def main(args=None):
     args = args or parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    silence_libraries()
     if args.command == "export":
         return export(args.run, args.out)
     if args.box and (problem := box_problem(args.box)):

@@ -82,13 +82,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
-from transformers import logging as transformers_logging
 
 import data
 import metrics
 from metrics import InputError, check_output, format_table, write_file, write_json
 from model import (Encoder, LoFi, check_checkpoint, find_device, join_processes, rank_and_world,
-                   read_weights, say, write_weights)
+                   read_weights, say, silence_libraries, write_weights)
 
 
 # ---- embeddings and nearest neighbours ----------------------------------------------------------
@@ -342,8 +341,7 @@ def search(query, query_emb, pool, image_emb, k):
 
 def main(args=None):
     args = args or parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    silence_libraries()
 
     # ---- all that can be checked before the work starts
     device, searching = find_device(args.device), bool(args.image or args.text)

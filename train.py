@@ -112,7 +112,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-from transformers import logging as transformers_logging
 
 import data
 import icl_ground
@@ -120,7 +119,8 @@ import metrics
 import retrieve
 from losses import (TASKS, captioning_loss, dense_captioning_loss, grounding_loss, sigmoid_loss,
                     total_loss)
-from model import PHANTOM, PRESETS, LoFi, find_device, from_all, join_processes, say
+from model import (PHANTOM, PRESETS, LoFi, find_device, from_all, join_processes, say,
+                   silence_libraries)
 
 LOSSES = ("loss", "sigmoid", "captioning", "grounding", "dense_captioning")      # in log.jsonl
 MAX_SKIPPED = 5                         # skipped steps in a row that end the run
@@ -647,7 +647,7 @@ def build_model(args, source, rows, world):
 def main(args=None):
     began, args = time.time(), args or parse_args()
     check_args(args)
-    transformers_logging.set_verbosity_error()
+    silence_libraries()
     device = find_device(args.device)
     rank, world = join_processes(device)
     torch.manual_seed(args.seed)
