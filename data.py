@@ -75,8 +75,7 @@ def manifest_path(data):
 def read_manifest(data, split=None):
     """The rows of a manifest (of one split), each checked, plus "path": the image's full path.
 
-    Boxes of almost no area are dropped. Raises InputError with file, line, what was given and what
-    is expected, for the first invalid row."""
+    Boxes of almost no area are dropped. Raises InputError with file and line for an invalid row."""
     path, rows = manifest_path(data), []
     for number, row, problem in scan_manifest(data):
         if problem:
@@ -144,13 +143,9 @@ def possible_tasks(report, regions, objectives="cgd"):
 
 
 def sample_tasks(report, regions, objectives, n_regions, rng):
-    """Draw one task tau for an image -> its rows (task, prompt, target): one for the report, or up
-    to n_regions for the regions; [] if the image has neither.
-
-    A row is one sequence of the LLM. The rows of an image share its vision pass, so several regions
-    cost little."""
-    tasks = possible_tasks(report, regions, objectives)
-    if not tasks:
+    """Draw one task tau for an image -> its rows (task, prompt, target), sequences of the LLM: one
+    for the report, or up to n_regions that share the vision pass; [] if it can serve no task."""
+    if not (tasks := possible_tasks(report, regions, objectives)):
         return []
     regions = [region for region in regions if region["boxes"]]
     # Where a task is impossible or not among the objectives, the others share its weight.
@@ -189,9 +184,7 @@ def sub_reports(report, length=5):
 
 def sub_report_table(rows):
     """Table 1's images and texts: of each study the first image with a report, and its sub-reports.
-
-    -> images: indices into rows; texts; owner: (texts,) the index in images of each text's image.
-    """
+    -> images: indices into rows; texts; owner: (texts,) the index in images of each text's image"""
     first_of_study = {}
     for i, row in enumerate(rows):
         if row["report"]:
@@ -219,8 +212,7 @@ def load_image(path, size=None):
     """Read an image of any mode as 8-bit grey (PIL "L"), stretched to (size, size) if given.
 
     path: of a file, or a PIL image. 16-bit, 32-bit and float images, and 8-bit ones that use less
-    than a quarter of the range, are windowed by percentiles; transparency is black. Raises
-    InputError, with the path, if it cannot be read."""
+    than a quarter of the range, are windowed; transparency is black. Raises InputError."""
     try:
         with path.copy() if isinstance(path, Image.Image) else Image.open(path) as image:
             if size and image.format == "JPEG":
@@ -269,7 +261,7 @@ def augment(image, regions, size, strength, rng):
     return pixels, kept
 
 
-# ---- tokens --------------------------------------------------------------------------------------
+# ---- tokens, samples and batches -----------------------------------------------------------------
 
 PROMPT_TOKENS = 256                     # of a prompt, which is a phrase or some boxes
 
@@ -296,17 +288,13 @@ def prompt_ids(tokenizer, prompt):
     return plain_ids(tokenizer, cut_text(tokenizer, prompt) + "\n")
 
 
-# ---- dataset and batches -------------------------------------------------------------------------
-
 class ChestXrays:
     """Training samples of manifest rows: a map-style dataset for torch.utils.data.DataLoader.
 
-    Indexed by (epoch, i), which fixes the random draws, whatever the order or the workers. A
-    sample: {"image": (size, size) uint8, "path": str, "text": str, "tasks": [(task, prompt,
-    target), ...]}, or {"bad": message} for an unreadable image if skip_bad is set.
-
-    rows: from read_manifest; objectives: letters of "scgd"; n_regions: at most, per image and step;
-    augmented: strength, 0 for none; cached: keep decoded images, for sets that fit in memory."""
+    Indexed by (epoch, i), which alone fixes the random draws. A sample: {"image": (size, size)
+    uint8, "path": str, "text": str, "tasks": [(task, prompt, target), ...]}, or, if skip_bad is
+    set, {"bad": message} for an unreadable image. objectives: letters of "scgd"; n_regions: at
+    most, per image and step; augmented: strength; cached: keep decoded images in memory."""
 
     def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
                  skip_bad=False, seed=0):
@@ -324,9 +312,9 @@ class ChestXrays:
         try:                                                   # twice the size, if it is cropped
             image = image or load_image(row["path"], self.size * (2 if self.augmented else 1))
         except InputError as error:
-            if self.skip_bad:
-                return {"bad": str(error)}
-            raise
+            if not self.skip_bad:
+                raise
+            return {"bad": str(error)}
         if self.cached:
             self.cache[i] = image
         if self.augmented:
@@ -357,34 +345,27 @@ class Collate:
         samples = [s for s in samples if "bad" not in s]
         if not samples:
             return {"image": torch.zeros(0), "bad": bad}
-        rows = [(i, *task) for i, sample in enumerate(samples) for task in sample["tasks"]]
-        ids, is_target = self.pad([(prompt, target) for *_, prompt, target in rows])
+        rows, llm = [], self.llm_tokenizer
+        for i, sample in enumerate(samples):
+            for task, prompt, target in sample["tasks"]:
+                prompt, target = prompt_ids(llm, prompt), plain_ids(llm, target)
+                target = (target + [llm.eos_token_id])[:self.max_target]     # if cut, no <eos>
+                rows.append((i, TASKS.index(task), prompt + target, len(prompt)))
+        length = max((len(tokens) for _, _, tokens, _ in rows), default=0)
+        ids = torch.full((len(rows), length), llm.pad_token_id)                        # (R, L)
+        is_target = torch.zeros_like(ids, dtype=torch.bool)                            # (R, L)
+        for n, (_, _, tokens, n_prompt) in enumerate(rows):
+            ids[n, :len(tokens)] = torch.tensor(tokens)
+            is_target[n, n_prompt:len(tokens)] = True
         batch = {"image": torch.from_numpy(np.stack([s["image"] for s in samples])),   # (B, S, S)
-                 "ids": ids, "is_target": is_target,                                   # (R, L)
+                 "ids": ids, "is_target": is_target, "bad": bad,
                  "image_of_row": torch.tensor([i for i, *_ in rows], dtype=torch.long),
-                 "task_of_row": torch.tensor([TASKS.index(task) for _, task, *_ in rows],
-                                             dtype=torch.long),
-                 "bad": bad, "paths": [s["path"] for s in samples]}
+                 "task_of_row": torch.tensor([task for _, task, *_ in rows], dtype=torch.long),
+                 "paths": [s["path"] for s in samples]}
         if self.text_tokenizer:
             batch["text"] = text_ids(self.text_tokenizer, [s["text"] for s in samples],
                                      self.text_length)                                 # (B, T)
         return batch
-
-    def pad(self, pairs):
-        """(prompt, target) texts of the R rows -> ids (R, L), is_target (R, L), padded right."""
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-        ids, is_target = [], []
-        for prompt, target in pairs:
-            prompt = prompt_ids(self.llm_tokenizer, prompt)
-            target = plain_ids(self.llm_tokenizer, target) + [self.llm_tokenizer.eos_token_id]
-            target = target[:self.max_target]                  # a target that is cut has no <eos>
-            ids.append(torch.tensor(prompt + target))
-            is_target.append(torch.arange(len(prompt + target)) >= len(prompt))
-        if not pairs:                                          # only the contrastive loss
-            return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
-        return (pad_sequence(ids, batch_first=True, padding_value=self.llm_tokenizer.pad_token_id),
-                pad_sequence(is_target, batch_first=True, padding_value=False))
 
 
 # ==================================================================================================
@@ -442,8 +423,7 @@ def row_problem(row, folder):
 def find_row(rows, image):
     """The row whose image is this file or, by its bytes, a copy of it; None if there is none."""
     same = [row for row in rows if filecmp.cmp(row["path"], image, shallow=False)]
-    own = [row for row in same if os.path.samefile(row["path"], image)]
-    return next(iter(own + same), None)
+    return max(same, key=lambda row: os.path.samefile(row["path"], image), default=None)
 
 
 # ---- shared by the scripts: long prompts, a tokenizer, pictures, work in parallel ----------------
