@@ -373,59 +373,6 @@ class Collate:
 # ==================================================================================================
 
 
-# ---- reading a manifest: what is checked ---------------------------------------------------------
-
-ROW_KEYS = ("image", "study", "patient", "split", "report", "regions")
-
-
-def scan_manifest(data):
-    """Yield (line number, row or None, problem or None) for each line of a manifest."""
-    path = manifest_path(data)
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            row = None
-            try:
-                line = line.decode("utf-8-sig").strip()
-                if not line:
-                    continue
-                row = json.loads(line)
-                if "\\u" in line:                              # reject lone surrogates
-                    json.dumps(row, ensure_ascii=False).encode()
-                problem = row_problem(row, path.parent)
-            except (ValueError, RecursionError) as error:
-                problem = f"expected one JSON object a line, in UTF-8: {first_line(error)}"
-            yield number, row, problem
-
-
-def row_problem(row, folder):
-    """An error message for an invalid row of the manifest, else None."""
-    if not isinstance(row, dict):
-        return f"expected one JSON object a line, got {type(row).__name__}"
-    for key, kind in zip(ROW_KEYS, (str, str, str, str, str | None, list | None), strict=True):
-        value = row.get(key)
-        if not isinstance(value, kind) or (kind is str and not value):
-            return f"{key!r} is {value!r:.80}, expected {'a list' if key == 'regions' else 'text'}"
-    if row["split"] not in SPLITS:
-        return f"'split' is {row['split']!r:.80}, expected one of {', '.join(SPLITS)}"
-    for region in row.get("regions") or []:
-        if not isinstance(region, dict) or not isinstance(region.get("boxes"), list) \
-                or not isinstance(region.get("phrase"), str) or not region["phrase"].strip():
-            return f"region {region!r:.120}, expected 'phrase' and 'boxes': [[x0, y0, x1, y1], ...]"
-        for box in region["boxes"]:
-            if problem := box_problem(box):
-                return (f"box {box!r:.120} of {region['phrase']!r:.80} {problem}; "
-                        "expected [x0, y0, x1, y1] in [0, 1]")
-    if not (folder / row["image"]).is_file():
-        return f"image {folder / row['image']} does not exist"
-    return None
-
-
-def find_row(rows, image):
-    """The row whose image is this file or, by its bytes, a copy of it; None if there is none."""
-    same = [row for row in rows if filecmp.cmp(row["path"], image, shallow=False)]
-    return max(same, key=lambda row: os.path.samefile(row["path"], image), default=None)
-
-
 # ---- shared by the scripts: long prompts, a tokenizer, pictures, work in parallel ----------------
 
 def cut_text(tokenizer, text, length=PROMPT_TOKENS):
@@ -467,11 +414,12 @@ COLOURS = ("#ffd21f", "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
 def draw_boxes(image, regions):
     """Draw boxes on an image (PIL "RGB"), in place, and list their phrases in the same colours."""
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    boxed = [region for region in regions if region["boxes"]]
-    for n, (region, colour) in enumerate(zip(boxed, itertools.cycle(COLOURS))):
+    coloured = list(zip((region for region in regions if region["boxes"]),
+                        itertools.cycle(COLOURS)))
+    for n, (region, colour) in enumerate(coloured):
         phrase = textwrap.shorten(region["phrase"], 44, placeholder=" ...")
         pen.text((5, 3 + 16 * n), phrase, colour, font, stroke_width=2, stroke_fill="black")
-    for region, colour in zip(boxed, itertools.cycle(COLOURS)):
+    for region, colour in coloured:
         for box in region["boxes"]:                            # last, so text hides no edge
             corners = [v * (n - 1) for v, n in zip(box, image.size * 2)]
             pen.rectangle(corners, outline=colour, width=2)
@@ -507,6 +455,131 @@ def start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+# ---- checks of a manifest ------------------------------------------------------------------------
+
+ROW_KEYS = ("image", "study", "patient", "split", "report", "regions")
+
+
+def scan_manifest(data):
+    """Yield (line number, row or None, problem or None) for each line of a manifest."""
+    path = manifest_path(data)
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            row = None
+            try:
+                line = line.decode("utf-8-sig").strip()
+                if not line:
+                    continue
+                row = json.loads(line)
+                if "\\u" in line:                              # reject lone surrogates
+                    json.dumps(row, ensure_ascii=False).encode()
+                problem = row_problem(row, path.parent)
+            except (ValueError, RecursionError) as error:
+                problem = f"expected one JSON object a line, in UTF-8: {first_line(error)}"
+            yield number, row, problem
+
+
+def row_problem(row, folder):
+    """An error message for an invalid row of the manifest, else None."""
+    if not isinstance(row, dict):
+        return f"expected one JSON object a line, got {type(row).__name__}"
+    for key, kind in zip(ROW_KEYS, (str, str, str, str, str | None, list | None)):
+        value = row.get(key)
+        if not isinstance(value, kind) or (kind is str and not value):
+            return f"{key!r} is {value!r:.80}, expected {'a list' if key == 'regions' else 'text'}"
+    if row["split"] not in SPLITS:
+        return f"'split' is {row['split']!r:.80}, expected one of {', '.join(SPLITS)}"
+    for region in row.get("regions") or []:
+        if not isinstance(region, dict) or not isinstance(region.get("boxes"), list) \
+                or not isinstance(region.get("phrase"), str) or not region["phrase"].strip():
+            return f"region {region!r:.120}, expected 'phrase' and 'boxes': [[x0, y0, x1, y1], ...]"
+        for box in region["boxes"]:
+            if problem := box_problem(box):
+                return (f"box {box!r:.120} of {region['phrase']!r:.80} {problem}; "
+                        "expected [x0, y0, x1, y1] in [0, 1]")
+    if not (folder / row["image"]).is_file():
+        return f"image {folder / row['image']} does not exist"
+
+
+def find_row(rows, image):
+    """The row whose image is this file or, by its bytes, a copy of it; None if there is none."""
+    same = [row for row in rows if filecmp.cmp(row["path"], image, shallow=False)]
+    return max(same, key=lambda row: os.path.samefile(row["path"], image), default=None)
+
+
+def manifest_notes(rows):
+    """Warnings about valid but suspicious rows of a manifest, one line each; reads no image."""
+    regions = [region for row in rows for region in row.get("regions") or []]
+    boxes = [box for region in regions for box in region["boxes"]]
+    patients = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
+    counts = {"rows repeated word for word": len(rows) - len({hash(str(row)) for row in rows}),
+              "rows whose image another row has": len(rows) - len({r["image"] for r in rows}),
+              "rows with neither report nor regions":
+                  sum(not (row.get("report") or row.get("regions")) for row in rows),
+              "boxes of almost no area, dropped when read":
+                  len(boxes) - len(drop_degenerate(boxes))}
+    notes = [f"{words}: {n:,}" for words, n in counts.items() if n]
+    for things, known in ((rows, (*ROW_KEYS, "path")), (regions, ("phrase", "boxes"))):
+        for key, n in Counter(key for thing in things for key in thing if key not in known).items():
+            meant = "".join(f"; is {k!r} meant?" for k in difflib.get_close_matches(key, known, 1))
+            notes.append(f"unknown key {key!r}, not read: {n:,}{meant}")
+    notes += [f"no rows of split {split!r}" for split in ("val", "test") if not patients[split]]
+    for first, second in itertools.combinations(SPLITS, 2):
+        if shared := patients[first] & patients[second]:
+            notes.append(f"patients both in {first} and in {second}, so scores mislead: "
+                         f"{len(shared):,}, such as {min(shared)!r}")
+    return notes
+
+
+def count_rows(rows, split):
+    """{what: how many} of a split's rows."""
+    rows = [row for row in rows if row["split"] == split]
+    boxed = [row for row in rows if row["regions"]]
+    pairs = [region for row in rows for region in row["regions"]]
+    return {"images": len(rows), "boxed images": len(boxed),
+            "studies": len({row["study"] for row in rows}),
+            "boxed studies": len({row["study"] for row in boxed}),
+            "patients": len({row["patient"] for row in rows}),
+            "reports": sum(bool(row["report"]) for row in rows),
+            "pairs": len(pairs), "boxes": sum(len(pair["boxes"]) for pair in pairs)}
+
+
+def check(data, png):
+    """Read every row and image of a data set, print every problem, the counts and what is odd, and
+    draw eight rows with their boxes. Returns the number of problems."""
+    path, rows, n_flat, pictures = manifest_path(data), [], 0, set()
+    scanned = list(scan_manifest(data))
+    if not scanned:
+        raise InputError(f"{path}: no rows")
+    check_output(png, [path] + [path.parent / row["image"] for _, row, bad in scanned if not bad])
+    for number, row, problem in tqdm(scanned, "check", unit="row"):
+        try:
+            if problem:
+                raise InputError(problem)
+            pixels = load_image(path.parent / row["image"], 64).tobytes()
+        except InputError as error:
+            tqdm.write(f"{path}:{number}: {error}")
+            continue
+        rows.append({**row, "report": row.get("report"), "regions": row.get("regions") or []})
+        n_flat += len(set(pixels)) == 1
+        pictures.add(hash(pixels))
+    print(format_table([("", *count_rows([], ""))] + [
+        (split, *(f"{n:,}" for n in count_rows(rows, split).values())) for split in SPLITS]))
+    looks = {"images of a single grey value": n_flat,
+             "images that look the same as another row's": len(rows) - len(pictures)}
+    for note in [f"{words}: {n:,}" for words, n in looks.items() if n] + manifest_notes(rows):
+        print(f"note: {note}")
+    boxed, images = [row for row in rows if row["regions"]] or rows, []
+    for row in boxed[::max(1, len(boxed) // 8)][:8]:           # from all over the set
+        images.append(load_image(path.parent / row["image"], 320).convert("RGB"))
+        draw_boxes(images[-1], row["regions"])
+    if images:
+        write_file(png, lambda draft: tile(images, 4).save(draft, "PNG"))
+        print(f"drew {png}: check that the boxes are where the phrases say")
+    print(f"{len(scanned) - len(rows)} problems in {len(scanned)} rows")
+    return len(scanned) - len(rows)
+
+
 # ---- the phantom: drawn chest X-rays -------------------------------------------------------------
 # Body frame: x from the patient's right (-1) to left (1), which is the picture's left to right;
 # y from the shoulders (-1) to the abdomen (1).
@@ -526,9 +599,8 @@ FINDINGS = {  # kind: (probability, its sentence, the sentence that it is not th
     "pneumothorax": (.09, "{Size} {side} pneumothorax.", "No pneumothorax."),
     "pacemaker": (.10, "Pacemaker over the {side} chest.", "No implanted device."),
     "heart": (.05, "The heart is {degree} enlarged.", "Normal heart size.")}
-SENTENCES = 3                       # on findings, there or not, in a phantom's report
-POSITION = "{view} view, chest {y} and {x}."                    # in half of the reports
 BODY_WIDTH, BODY_SHIFT = (.70, 1.06), .12                       # fractions of the image; each way
+PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
 
 
 class Canvas:
@@ -541,27 +613,26 @@ class Canvas:
         self.pixels = np.full((n, n), 14, np.float32)
 
     def position(self):
-        """The sentence that says how the body lies in the image: how much of its width it takes,
-        and where its middle is, each by thirds of the range. Right and left are the patient's."""
+        """The sentence on the body's width and the place of its middle, by thirds of the range."""
         def third(value, low, high, *words):
             return words[min(2, int(3 * (value - low) / (high - low)))]
         x, y = self.centre - .5
-        return POSITION.format(
-            view=third(2 * self.scale[0], *BODY_WIDTH, "Wide", "Standard", "Close"),
-            y=third(y, -BODY_SHIFT, BODY_SHIFT, "high", "level", "low"),
-            x=third(x, -BODY_SHIFT, BODY_SHIFT, "right", "central", "left"))
+        view = third(2 * self.scale[0], *BODY_WIDTH, "Wide", "Standard", "Close")
+        y = third(y, -BODY_SHIFT, BODY_SHIFT, "high", "level", "low")
+        x = third(x, -BODY_SHIFT, BODY_SHIFT, "right", "central", "left")    # the patient's
+        return f"{view} view, chest {y} and {x}."
 
     def mask(self, *shapes, blur=0, line=0):
         """Filled polygons, or lines of that width (image fraction), blurred: (n, n) in [0, 1]."""
         layer = Image.new("L", (self.n, self.n))
+        pen = ImageDraw.Draw(layer)
         for points in shapes:
             corners = [tuple(p) for p in (self.centre + self.scale * points) * self.n]
             if line:
-                ImageDraw.Draw(layer).line(corners, 255, max(1, round(line * self.n)), "curve")
+                pen.line(corners, 255, max(1, round(line * self.n)), "curve")
             else:
-                ImageDraw.Draw(layer).polygon(corners, 255)
-        if blur:
-            layer = layer.filter(ImageFilter.BoxBlur(1.6 * blur * self.n))
+                pen.polygon(corners, 255)
+        layer = layer.filter(ImageFilter.BoxBlur(1.6 * blur * self.n))
         return np.asarray(layer, np.float32) / 255
 
     def box(self, points):
@@ -623,8 +694,8 @@ def draw_finding(canvas, kind, side, zone, width):
         pixels += (mask(outline, blur=.005) - inside) * 112
         pixels -= inside * 30
     elif kind == "consolidation":
-        wobble = 1 + .12 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6)
-                                  + rng.uniform(0, 6))
+        waves, phase = rng.integers(3, 6), rng.uniform(0, 6)
+        wobble = 1 + .12 * np.sin(np.arange(28) / 28 * 2 * np.pi * waves + phase)
         outline = ellipse(x, y, .62 * width, .62 * width * rng.uniform(.55, .85), wobble)
         pixels += mask(outline, blur=.012) * (1 + noise(rng, 24, canvas.n, .3)) * 66
     elif kind == "effusion":
@@ -634,12 +705,12 @@ def draw_finding(canvas, kind, side, zone, width):
         pixels += mask(outline, blur=.010) * 92
     elif kind == "pneumothorax":
         edge = width * rng.uniform(.6, .8)
-        line = [(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge),
-                (-.70, -.78 + 2 * width * rng.uniform(.95, 1.05))]
-        outline = mirror([(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
-                         + line[::-1], side)
+        line = mirror([(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge),
+                       (-.70, -.78 + 2 * width * rng.uniform(.95, 1.05))], side)
+        apex = [(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
+        outline = mirror(apex, side) + line[::-1]
         pixels -= mask(outline, blur=.004) * 48
-        pixels += mask(mirror(line, side), blur=.002, line=.012) * 70
+        pixels += mask(line, blur=.002, line=.012) * 70
     elif kind == "pacemaker":
         x, y = rng.uniform(-.70, -.36), rng.uniform(-.72, -.30)
         outline = mirror(ellipse(x, y, rng.uniform(.20, .26), rng.uniform(.16, .21)), side)
@@ -649,52 +720,42 @@ def draw_finding(canvas, kind, side, zone, width):
     return outline
 
 
-def choose_findings(rng):
-    """1 to 3 findings, each as (kind, side, zone, size); a zone, pleura or organ is used once."""
-    taken, findings, n_findings = set(), [], rng.choice([1, 2, 3], p=[.15, .65, .2])
+def draw_phantom(job, n=96):
+    """Draw and save image i of a split (n x n pixels), in a worker. -> its manifest row.
+
+    It has 1 to 3 findings, and a zone, pleura or organ is used once."""
+    out, split, i, seed = job
+    rng = np.random.default_rng([seed, SPLITS.index(split), i])
+    canvas, findings, regions = Canvas(rng, n), {}, []
+    n_findings = rng.choice([1, 2, 3], p=[.15, .65, .2])
     while len(findings) < n_findings:
         kind = rng.choice(list(FINDINGS), p=[p for p, *_ in FINDINGS.values()])
         side, size = rng.choice(["right", "left"]), rng.choice(list(SIZES))
         zone = {"effusion": "lower", "pneumothorax": "upper"}.get(kind) or rng.choice(list(ZONES))
         place = kind if kind in ("heart", "pacemaker") else (side, zone)
-        if place not in taken:
-            taken.add(place)
-            findings.append((kind, side, zone, size))
-    return findings
-
-
-def draw_phantom(job, n=96):
-    """Draw and save image i of a split (n x n pixels), in a worker. -> its manifest row."""
-    out, split, i, seed = job
-    rng = np.random.default_rng([seed, SPLITS.index(split), i])
-    canvas, findings, regions = Canvas(rng, n), choose_findings(rng), []
-    size_of = {kind: size for kind, _, _, size in findings}
+        findings.setdefault(place, (kind, side, zone, size))
+    size_of = {kind: size for kind, _, _, size in findings.values()}
     degree, border = HEART[size_of.get("heart")]
     left = -.22 - .3 * (border - .46)
     heart = ellipse((left + border) / 2, .26, (border - left) / 2, .28)
     draw_anatomy(canvas, heart)
-    for kind, side, zone, size in findings:
+    for kind, side, zone, size in findings.values():
         width = SIZES[size] * rng.uniform(.94, 1.06)
         outline = heart if kind == "heart" else draw_finding(canvas, kind, side, zone, width)
         phrase = FINDINGS[kind][1].format(side=side, zone=zone, Size=size.capitalize(),
                                           degree=degree)
         regions.append({"phrase": phrase, "boxes": [canvas.box(outline)]})
+    # A report has three sentences on findings, there or not, and half of the time the position.
     absent = rng.permutation([kind for kind in FINDINGS if kind not in size_of])
     sentences = [r["phrase"] for r in regions] + [FINDINGS[kind][2] for kind in absent]
-    sentences = sentences[:SENTENCES]
-    if rng.integers(2):
-        sentences.append(canvas.position())
+    sentences = sentences[:3] + ([canvas.position()] if rng.integers(2) else [])
     report = " ".join(rng.permutation(sentences))
     pixels = (canvas.pixels * rng.uniform(.85, 1.1)
               + noise(rng, 2 * n // 3, n, 8) + noise(rng, 5, n, 6))
     name, study = f"images/{split}_{i:05d}.png", f"{split}{i:05d}"
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    image.save(out / name, compress_level=1)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out / name, compress_level=1)
     return {"image": name, "study": study, "patient": study, "split": split, "report": report,
             "regions": regions}
-
-
-PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
 
 
 def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
@@ -708,11 +769,10 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
         draft = Path(folder, "phantom")                        # its mode is the umask's
         (draft / "images").mkdir(parents=True)
         jobs = [(draft, split, i, seed) for split, n in sizes.items() for i in range(n)]
-        with (ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_worker) as pool,
-              open(draft / "manifest.jsonl", "w") as manifest):
-            for row in tqdm(pool.map(draw_phantom, jobs, chunksize=50), "phantom", len(jobs),
-                            unit="image", disable=quiet):
-                manifest.write(json.dumps(row) + "\n")
+        with ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_worker) as pool:
+            rows = list(tqdm(pool.map(draw_phantom, jobs, chunksize=50), "phantom", len(jobs),
+                             unit="image", disable=quiet))
+        (draft / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         try:
             draft.rename(out)
         except OSError:
@@ -939,19 +999,6 @@ class Conversion:
         lines = [json.dumps({key: row[key] for key in ROW_KEYS}) + "\n" for row in rows]
         write_file(self.out / "manifest.jsonl", lambda draft: draft.write_text("".join(lines)))
         print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
-
-
-def count_rows(rows, split):
-    """{what: how many} of a split's rows."""
-    rows = [row for row in rows if row["split"] == split]
-    boxed = [row for row in rows if row["regions"]]
-    pairs = [region for row in rows for region in row["regions"]]
-    return {"images": len(rows), "boxed images": len(boxed),
-            "studies": len({row["study"] for row in rows}),
-            "boxed studies": len({row["study"] for row in boxed}),
-            "patients": len({row["patient"] for row in rows}),
-            "reports": sum(bool(row["report"]) for row in rows),
-            "pairs": len(pairs), "boxes": sum(len(pair["boxes"]) for pair in pairs)}
 
 
 # ---- converters: MIMIC-CXR -----------------------------------------------------------------------
@@ -1200,71 +1247,6 @@ def prepare_covid_cxr(args):
     csv.writer(text).writerows([("image", "original_file", "licence", "source")] + [
         (row["image"], *row["licence"]) for row in rows])
     write_file(args.out / "LICENSES.csv", lambda draft: draft.write_bytes(text.getvalue().encode()))
-
-
-# ---- check ---------------------------------------------------------------------------------------
-
-def manifest_notes(rows):
-    """Warnings about valid but suspicious rows of a manifest, one line each; reads no image."""
-    regions = [region for row in rows for region in row.get("regions") or []]
-    boxes = [box for region in regions for box in region["boxes"]]
-    patients = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
-    counts = {"rows repeated word for word": len(rows) - len({hash(str(row)) for row in rows}),
-              "rows whose image another row has": len(rows) - len({r["image"] for r in rows}),
-              "rows with neither report nor regions":
-                  sum(not (row.get("report") or row.get("regions")) for row in rows),
-              "boxes of almost no area, dropped when read":
-                  len(boxes) - len(drop_degenerate(boxes))}
-    notes = [f"{words}: {n:,}" for words, n in counts.items() if n]
-    for things, known in ((rows, (*ROW_KEYS, "path")), (regions, ("phrase", "boxes"))):
-        for key, n in Counter(key for thing in things for key in thing if key not in known).items():
-            meant = "".join(f"; is {k!r} meant?" for k in difflib.get_close_matches(key, known, 1))
-            notes.append(f"unknown key {key!r}, not read: {n:,}{meant}")
-    notes += [f"no rows of split {split!r}" for split in ("val", "test") if not patients[split]]
-    for first, second in itertools.combinations(SPLITS, 2):
-        if shared := patients[first] & patients[second]:
-            notes.append(f"patients both in {first} and in {second}, so scores mislead: "
-                         f"{len(shared):,}, such as {min(shared)!r}")
-    return notes
-
-
-def check(data, png):
-    """Read every row and image of a data set, print every problem, the counts and what is odd, and
-    draw eight rows with their boxes. Returns the number of problems."""
-    path, rows, n_flat, pictures = manifest_path(data), [], 0, set()
-    scanned = list(scan_manifest(data))
-    if not scanned:
-        raise InputError(f"{path}: no rows")
-    check_output(png, [path] + [path.parent / row["image"] for _, row, bad in scanned if not bad])
-    for number, row, problem in tqdm(scanned, "check", unit="row"):
-        try:
-            if problem:
-                raise InputError(problem)
-            image = load_image(path.parent / row["image"], 64)
-        except InputError as error:
-            tqdm.write(f"{path}:{number}: {error}")
-            continue
-        rows.append({**row, "report": row.get("report"), "regions": row.get("regions") or []})
-        low, high = image.getextrema()
-        n_flat += low == high
-        pictures.add(hash(image.tobytes()))
-    print(format_table([("", *count_rows([], ""))] + [
-        (split, *(f"{n:,}" for n in count_rows(rows, split).values())) for split in SPLITS]))
-    looks = {"images of a single grey value": n_flat,
-             "images that look the same as another row's": len(rows) - len(pictures)}
-    for note in [f"{words}: {n:,}" for words, n in looks.items() if n] + manifest_notes(rows):
-        print(f"note: {note}")
-    boxed = [row for row in rows if row["regions"]] or rows
-    images = []
-    for row in boxed[::max(1, len(boxed) // 8)][:8]:           # from all over the set
-        images.append(load_image(path.parent / row["image"], 320).convert("RGB"))
-        draw_boxes(images[-1], row["regions"])
-    if images:
-        write_file(png, lambda draft: tile(images, 4).save(draft, "PNG"))
-        print(f"drew {png}: check that the boxes are where the phrases say")
-    n_problems = len(scanned) - len(rows)
-    print(f"{n_problems} problems in {len(scanned)} rows")
-    return n_problems
 
 
 # ---- command line --------------------------------------------------------------------------------
