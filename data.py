@@ -781,7 +781,7 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     return out
 
 
-# ---- converters: reading the sources in place ----------------------------------------------------
+# ---- converters: steps they share ----------------------------------------------------------------
 
 @contextlib.contextmanager
 def reading(path):
@@ -798,9 +798,8 @@ def reading(path):
 
 
 def csv_rows(path, *columns, ragged=False):
-    """Yield the rows of a table as dicts: of a .csv, a .gz or a zip of one .csv.
-
-    ragged: rows may be short; the values that they lack are None."""
+    """Yield the rows of a table, a .csv, a .gz or a zip of one .csv, as dicts; ragged: rows may be
+    short, the values that they lack are None."""
     csv.field_size_limit(1 << 30)                              # CheXmask: a mask is one field
     with reading(path):
         if path.suffix == ".zip":
@@ -852,8 +851,6 @@ def official_split(value, path):
     return split
 
 
-# ---- converters: steps they share ----------------------------------------------------------------
-
 def weighted_boxes_fusion(boxes, iou):
     """Merge boxes that overlap into their mean (Solovyev et al. 2021; scores 1, one source).
 
@@ -879,12 +876,13 @@ def shrink(job):
     job: (path, where to write, size or 0 to write nothing, units (w, h) of its boxes or None for
     the image's own size). -> those units or, as text, why there is no image."""
     source, target, size, scale = job
-    if scale and (target.exists() if size else source.is_file()):
+    done = target.exists() if size else source.is_file()
+    if done and scale:
         return scale
     try:
         with source.open("rb") as file, Image.open(file) as image:
             scale = scale or image.size
-            if not size or target.exists():
+            if done:
                 return scale
             factor = min(1, size / min(image.size))
             small = [max(1, round(factor * side)) for side in image.size]
@@ -952,7 +950,7 @@ class Conversion:
                     continue
                 self.count("images", row["split"], result)
                 if result == "unreadable image":
-                    tqdm.write(f"unreadable image: {row['source']}")
+                    tqdm.write(f"{result}: {row['source']}")
         return kept
 
     def add_regions(self, row):
@@ -971,9 +969,9 @@ class Conversion:
                           "degenerate box" if not fused else None):
                 fused = [[round(v, 5) for v in box] for box in fused]
                 row["regions"].append({"phrase": phrase, "boxes": fused})
-            self.count("boxes", split, "in", len(boxes))
-            self.count("boxes", split, "degenerate box", len(boxes) - len(inside))
-            self.count("boxes", split, "merged", len(inside) - len(fused))
+            for reason, n in (("in", len(boxes)), ("degenerate box", len(boxes) - len(inside)),
+                              ("merged", len(inside) - len(fused))):
+                self.count("boxes", split, reason, n)
 
     def finish(self, rows, published):
         """Make the regions, print the funnel and what is missing, write prepare.json and manifest.
@@ -986,10 +984,9 @@ class Conversion:
         print(format_table([("", *SPLITS)] + [
             (f"{table} {reason}", *(f"{n:,}" for n in by_split.values()))
             for table, reasons in self.funnel.items() for reason, by_split in reasons.items()]))
-        for name, count in published.items():
-            print(f"published, {name}: {count}")
-        for loss in self.lost:
-            print(f"missing: {loss}")
+        for line in [f"published, {name}: {n}" for name, n in published.items()] + [
+                f"missing: {loss}" for loss in self.lost]:
+            print(line)
         if not rows:
             raise InputError(f"{self.out}: no image is left, see the counts above; nothing written")
         arguments = {name: str(value) for name, value in vars(self.args).items()}
@@ -1001,7 +998,7 @@ class Conversion:
         print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
 
 
-# ---- converters: MIMIC-CXR -----------------------------------------------------------------------
+# ---- converters: MIMIC-CXR and MS-CXR ------------------------------------------------------------
 
 METHODS, DICE = ("gpt4", "rule-based"), "Dice RCA (Mean)"
 RATINGS = {"A++": ("A_frontal", "App"), "A+": ("A_frontal", "Ap"), "A": ("A_frontal", None),
@@ -1011,6 +1008,7 @@ MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
                    "out images": "237,972 + 1,959 + 3,403 before the quality filter (LLaVA-Rad)",
                    "out studies": "2,432 of test (LoFi)", "out boxed studies": "169,441 (LoFi)",
                    "out pairs": "394,835 (LoFi)"}
+MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
 
 
 def mimic_table(images, kind, *columns):
@@ -1030,32 +1028,6 @@ def mimic_row(images, path, where):
             "pairs": [], "report": "", "source": images / "files" / name}
 
 
-def mimic_rows(run, path, split, views, good):
-    """The rows of a file of LLaVA-Rad: frontal images of good quality with the text asked for."""
-    rows, method = [], run.args.method
-    with reading(path):
-        entries = json.loads(path.read_bytes())
-        if not any(entry.get("generate_method") == method for entry in entries):
-            method = "rule-based" if method == "gpt4" else "gpt4"
-            run.lost.append(f"{run.args.method} texts of {path.name}: its {method} texts are used")
-        for entry in tqdm(entries, path.name, unit="item"):
-            row = mimic_row(run.args.images, entry.get("image"), path)
-            # Findings and impression (Sec. 3.0.1); either may be missing.
-            texts = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
-            texts = [one_line(text) for text in (*texts, entry.get("impression"))]
-            # Boxes are in pixels of the originals. Their sizes are read from the table, as the
-            # images may be copies that were shrunk before.
-            view, width, height = views.get(row["dicom"], ("", 1, 1))
-            row |= {"split": split, "report": " ".join(filter(None, texts)),
-                    "scale": (float(width), float(height))}
-            if run.admit("images", split, "other method" if entry.get("generate_method") != method
-                         else "view" if view not in ("PA", "AP")
-                         else "quality" if good is not None and row["dicom"] not in good
-                         else "no text" if not row["report"] else None):
-                rows.append(row)
-    return rows
-
-
 def find_questions(root, rating):
     """MIMIC-Ext-CXR-QBA -> {file name: path} of the studies' questions, and {study: ids of those
     rated well}, or None if all are."""
@@ -1070,43 +1042,37 @@ def find_questions(root, rating):
     return files, rated
 
 
-def study_pairs(run, row, questions, rated):
-    """The text-box pairs that the questions on a study give for an image of it.
+def add_pairs(run, rows, files, rated):
+    """Give rows the text-box pairs that the questions on their studies have for their images.
 
     Which answers give a pair, apart from their rating, is not stated in the paper: here the
     top-level, positive ones that are drawn from the report, each text once per image."""
-    pairs = {}
-    for question in questions:
-        for answer in question.get("answers") or []:
-            if row["dicom"] not in (answer.get("localization") or {}):
-                continue
-            place = answer["localization"][row["dicom"]] or {}
-            phrase, boxes = one_line(answer.get("text")), place.get("bboxes")
-            reason = ("rating" if rated is not None and question.get("question_id") not in rated
-                      else "not positive" if answer.get("positiveness", "pos") != "pos"
-                      else "not in report" if not answer.get("from_report", True)
-                      else "fallback box" if place.get("is_fallback")
-                      else "repeated text" if phrase in pairs
-                      else "no text" if not phrase
-                      else "no box" if not boxes else None)
-            if reason:
-                run.admit("pairs", row["split"], reason)
-            else:                                              # add_regions counts these
-                pairs[phrase] = boxes
-    return list(pairs.items())
-
-
-def add_pairs(run, rows, files, rated):
-    """Give rows the text-box pairs of their studies."""
     missing = set()
     for row in tqdm(rows, "boxes", unit="image"):
-        study = row["study"]
+        study, dicom, pairs = row["study"], row["dicom"], {}
         if not (file := files.get(f"{study}.qa.json")):
             missing.add(study)
             continue
         with reading(file):
             questions = json.loads(file.read_bytes()).get("questions") or []
-            row["pairs"] = study_pairs(run, row, questions, rated and rated[study])
+            for question, answer in ((q, a) for q in questions for a in q.get("answers") or []):
+                if dicom not in (places := answer.get("localization") or {}):
+                    continue
+                place, phrase = places[dicom] or {}, one_line(answer.get("text"))
+                boxes = place.get("bboxes")
+                reason = ("rating" if rated is not None
+                          and question.get("question_id") not in rated[study]
+                          else "not positive" if answer.get("positiveness", "pos") != "pos"
+                          else "not in report" if not answer.get("from_report", True)
+                          else "fallback box" if place.get("is_fallback")
+                          else "repeated text" if phrase in pairs
+                          else "no text" if not phrase
+                          else "no box" if not boxes else None)
+                if reason:
+                    run.admit("pairs", row["split"], reason)
+                else:                                          # add_regions counts these
+                    pairs[phrase] = boxes
+        row["pairs"] = list(pairs.items())
     if missing:
         run.lost.append(f"pairs of {len(missing):,} studies that have no questions")
 
@@ -1114,9 +1080,8 @@ def add_pairs(run, rows, files, rated):
 def prepare_mimic_cxr(args):
     """MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA -> a manifest (Sec. 3.0.1)."""
     run, rows, good = Conversion(args), [], None
-    texts = {split: find(args.llava_rad, f"**/chat_{name}_*.json", "--llava-rad expects the folder "
-                         "of LLaVA-Rad's annotations")
-             for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))}
+    paths = [find(args.llava_rad, f"**/chat_{name}_*.json", "--llava-rad expects the folder of "
+                  "LLaVA-Rad's annotations") for name in ("train", "dev", "test")]
     views = mimic_table(args.images, "metadata", "ViewPosition", "Columns", "Rows")
     if args.qba:
         files, rated = find_questions(args.qba, args.rating)
@@ -1128,50 +1093,32 @@ def prepare_mimic_cxr(args):
                     if float(row[DICE] or 0) >= 0.7}
     else:
         run.lost.append("the quality filter of images (no --chexmask)")
-    for split, path in texts.items():
-        rows += mimic_rows(run, path, split, views, good)
+    for split, path in zip(SPLITS, paths):
+        with reading(path):
+            entries, method = json.loads(path.read_bytes()), args.method
+            if not any(entry.get("generate_method") == method for entry in entries):
+                method = "rule-based" if method == "gpt4" else "gpt4"
+                run.lost.append(f"{args.method} texts of {path.name}: its {method} texts are used")
+            for entry in tqdm(entries, path.name, unit="item"):
+                row = mimic_row(args.images, entry.get("image"), path)
+                # Findings and impression (Sec. 3.0.1); either may be missing.
+                texts = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
+                texts = [one_line(text) for text in (*texts, entry.get("impression"))]
+                # Boxes are in pixels of the originals. Their sizes are read from the table, as the
+                # images may be copies that were shrunk before.
+                view, width, height = views.get(row["dicom"], ("", 1, 1))
+                row |= {"split": split, "report": " ".join(filter(None, texts)),
+                        "scale": (float(width), float(height))}
+                if run.admit("images", split,
+                             "other method" if entry.get("generate_method") != method
+                             else "view" if view not in ("PA", "AP")
+                             else "quality" if good is not None and row["dicom"] not in good
+                             else "no text" if not row["report"] else None):
+                    rows.append(row)
     rows = run.prepare_images(rows)
     if args.qba:
         add_pairs(run, rows, files, rated)
     run.finish(rows, MIMIC_PUBLISHED)
-
-
-# ---- converters: PadChest-GR and MS-CXR ----------------------------------------------------------
-
-PADCHEST_PUBLISHED = {"images in": "4,555", "out boxed images": "2,404 of the pool, 604 of test "
-                      "(LoFi)", "out pairs": "4,979 of the pool, 2,404 of test (LoFi)"}
-MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
-
-
-def prepare_padchest_gr(args):
-    """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs."""
-    run, splits, rows = Conversion(args), {}, []
-    images = files_below(args.images, ".png")
-    if not args.size and not args.images.is_dir():
-        raise InputError(f"{args.images}: --size 0 cannot keep originals inside a zip; unzip it "
-                         "and give the folder, or give a --size")
-    if not args.table:
-        run.lost.append("splits and patients, all rows are of train (no --table)")
-    for row in csv_rows(args.table, "ImageID", "split", "PatientID") if args.table else []:
-        split = official_split(row["split"], args.table)
-        # The paper's pool is train and validation.
-        pooled = "train" if split == "val" and not args.official_val else split
-        splits[row["ImageID"]] = pooled, row["PatientID"]
-    with reading(args.reports):
-        for entry in json.loads(args.reports.read_bytes()):
-            image = str(entry.get("ImageID"))
-            study = str(entry.get("StudyID") or image)
-            split, patient = splits.get(image, ("train", study))
-            pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or [])
-                     for f in entry.get("findings") or []]
-            sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
-            if run.admit("images", split, "not in table" if splits and image not in splits else
-                         "no text" if not sentences else
-                         "no image" if image not in images else None):
-                rows.append({"study": study, "patient": patient or study, "split": split,
-                             "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
-                             "name": f"{Path(image).stem}.jpg", "source": images[image]})
-    run.finish(run.prepare_images(rows), PADCHEST_PUBLISHED)
 
 
 def prepare_ms_cxr(args):
@@ -1195,7 +1142,42 @@ def prepare_ms_cxr(args):
     run.finish(run.prepare_images(rows.values()), MS_CXR_PUBLISHED)
 
 
-# ---- converters: the open COVID-19 image data collection (not in the paper) ----------------------
+# ---- converters: PadChest-GR, and the open COVID-19 image data collection (not in the paper) -----
+
+PADCHEST_PUBLISHED = {"images in": "4,555", "out boxed images": "2,404 of the pool, 604 of test "
+                      "(LoFi)", "out pairs": "4,979 of the pool, 2,404 of test (LoFi)"}
+
+
+def prepare_padchest_gr(args):
+    """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs."""
+    run, splits, rows = Conversion(args), {}, []
+    images = files_below(args.images, ".png")
+    if not args.size and not args.images.is_dir():
+        raise InputError(f"{args.images}: --size 0 cannot keep originals inside a zip; unzip it "
+                         "and give the folder, or give a --size")
+    if not args.table:
+        run.lost.append("splits and patients, all rows are of train (no --table)")
+    for row in csv_rows(args.table, "ImageID", "split", "PatientID") if args.table else []:
+        split = official_split(row["split"], args.table)
+        if split == "val" and not args.official_val:
+            split = "train"                                    # both are the paper's pool
+        splits[row["ImageID"]] = split, row["PatientID"]
+    with reading(args.reports):
+        for entry in json.loads(args.reports.read_bytes()):
+            image = str(entry.get("ImageID"))
+            study = str(entry.get("StudyID") or image)
+            split, patient = splits.get(image, ("train", study))
+            pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or [])
+                     for f in entry.get("findings") or []]
+            sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
+            if run.admit("images", split, "not in table" if splits and image not in splits else
+                         "no text" if not sentences else
+                         "no image" if image not in images else None):
+                rows.append({"study": study, "patient": patient or study, "split": split,
+                             "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
+                             "name": f"{Path(image).stem}.jpg", "source": images[image]})
+    run.finish(run.prepare_images(rows), PADCHEST_PUBLISHED)
+
 
 LUNGS = {1: "Right lung.", 2: "Left lung."}                    # by the annotations' category
 NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
