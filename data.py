@@ -1238,19 +1238,18 @@ CONVERTERS = {"mimic-cxr": prepare_mimic_cxr, "padchest-gr": prepare_padchest_gr
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Make and check data sets of manifest.jsonl rows (see the top of data.py).")
+    parser = argparse.ArgumentParser(description="Make and check data sets; see top of data.py.")
     commands = parser.add_subparsers(dest="command", required=True)
+    path = {"required": True, "type": Path}
 
     def command(name, words):
         return commands.add_parser(name, help=words, description=words).add_argument
 
     def converter(name, words):
         add = command(name, words + " -> a manifest")
-        add("--out", required=True, type=Path,
-            help="folder of the manifest, counts and images; run again to continue a stopped run")
-        add("--size", type=int, default=512, help="short side of the JPEGs in pixels, none is "
-            "enlarged (default: 512, Sec. 2.0.4); 0 keeps the originals in place")
+        add("--out", **path, help="folder to write; run again to continue a stopped run")
+        add("--size", type=int, default=512,
+            help="short side of the JPEGs; 0: originals in place (default: 512, Sec. 2.0.4)")
         add("--workers", type=int, default=min(8, os.cpu_count()),
             help="threads that shrink images (default: the CPUs, at most 8)")
         return add
@@ -1262,33 +1261,29 @@ def parse_args():
     add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
 
     add = converter("mimic-cxr", "MIMIC-CXR-JPG, LLaVA-Rad's texts, MIMIC-Ext-CXR-QBA's boxes")
-    add("--images", required=True, type=Path, help="root of MIMIC-CXR-JPG")
-    add("--llava-rad", required=True, type=Path, help="folder of LLaVA-Rad's chat_*.json")
+    add("--images", **path, help="root of MIMIC-CXR-JPG")
+    add("--llava-rad", **path, help="folder of LLaVA-Rad's chat_*.json")
     add("--qba", type=Path, help="root of MIMIC-Ext-CXR-QBA (default: none, so no boxes)")
     add("--chexmask", type=Path, help="CheXmask's MIMIC-CXR-JPG.csv, or .gz, to drop images below "
         "0.7 in Dice RCA (Mean) (default: none, so all are kept)")
-    add("--method", choices=METHODS, default="gpt4", help="which texts of LLaVA-Rad; a file "
-        "without them gives its others (default: gpt4, an LLM's, Sec. 3.0.1)")
-    add("--rating", choices=RATINGS, default="A++",
-        help="lowest rating of a text-box pair's question (default: A++, Sec. 3.0.1)")
+    add("--method", choices=METHODS, default="gpt4", help="which texts (default: gpt4, Sec. 3.0.1)")
+    add("--rating", choices=RATINGS, default="A++", help="lowest one (default: A++, Sec. 3.0.1)")
     add("--wbf-iou", type=float, default=0.1, help="fuse boxes of a sentence that overlap by more "
         "(default: 0.1, not stated in the paper)")
 
     add = converter("padchest-gr", "PadChest-GR: images, sentences and boxes")
-    add("--images", required=True, type=Path, help="folder or zip of the 16-bit PNGs")
-    add("--reports", required=True, type=Path, help="grounded_reports_*.json")
-    add("--table", type=Path, help="master_table.csv, or .csv.zip: splits and patients (default: "
-        "none, so all rows are of train)")
-    add("--official-val", action="store_true", help="keep the validation split as val (default: "
-        "it is part of train, as in the paper's pool, Sec. 3.0.1)")
+    add("--images", **path, help="folder or zip of the 16-bit PNGs")
+    add("--reports", **path, help="grounded_reports_*.json")
+    add("--table", type=Path, help="master_table.csv, or .zip (default: none, all rows are train)")
+    add("--official-val", action="store_true",
+        help="validation is val (default: it is train, as in the paper's pool, Sec. 3.0.1)")
 
     add = converter("ms-cxr", "MS-CXR: phrases and boxes on images of MIMIC-CXR-JPG")
-    add("--images", required=True, type=Path, help="root of MIMIC-CXR-JPG")
-    add("--table", required=True, type=Path,
-        help="MS_CXR_Local_Alignment_v*.csv; a row without a split has MIMIC-CXR's")
+    add("--images", **path, help="root of MIMIC-CXR-JPG")
+    add("--table", **path, help="MS_CXR_Local_Alignment_v*.csv; without splits, MIMIC-CXR's")
 
     add = converter("covid-cxr", "the open COVID-19 image data collection: notes and lung boxes")
-    add("--repo", required=True, type=Path, help="clone of ieee8023/covid-chestxray-dataset")
+    add("--repo", **path, help="clone of ieee8023/covid-chestxray-dataset")
 
     add = command("check", "read every row and image, count, draw eight rows with boxes")
     add("data", help="folder with manifest.jsonl, or that file")
@@ -1299,7 +1294,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.command == "check":
-        sys.exit(1 if check(args.data, args.png) else 0)
+        sys.exit(bool(check(args.data, args.png)))
     if args.command in CONVERTERS:
         return CONVERTERS[args.command](args)
     if os.path.lexists(args.out):
