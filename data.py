@@ -109,20 +109,16 @@ def boxes_to_text(boxes):
 
 def text_to_boxes(text):
     """The inverse: -> (boxes, malformed). Text that is not exactly box text gives ([], True)."""
-    if text.strip() == NO_BOXES:
-        return [], False
-    boxes = []
-    for part in text.strip().split("; "):
-        if not BOX_PATTERN.fullmatch(part):
-            return [], True
-        x0, y0, x1, y1 = (int(v) / 1000 for v in part.split())
-        if not (x0 < x1 <= 1 and y0 < y1 <= 1):
-            return [], True
-        boxes.append([x0, y0, x1, y1])
+    parts = text.strip().split("; ")
+    if not all(BOX_PATTERN.fullmatch(part) for part in parts):
+        return [], text.strip() != NO_BOXES
+    boxes = [[int(v) / 1000 for v in part.split()] for part in parts]
+    if not all(x0 < x1 <= 1 and y0 < y1 <= 1 for x0, y0, x1, y1 in boxes):
+        return [], True
     return boxes, False
 
 
-# ---- prompts (Eq. 2, 3, L_d) and the draw of a task ----------------------------------------------
+# ---- prompts (Eq. 2, 3, L_d), the draw of a task, sentences of a report --------------------------
 
 # The paper prints only the beginning of the last two prompts; their endings are not stated in it.
 CAPTIONING_PROMPT = "Report this medical scan."             # P_c
@@ -162,8 +158,6 @@ def sample_tasks(report, regions, objectives, n_regions, rng):
             rows.append(("d", DENSE_CAPTIONING_PROMPT.format(boxes=boxes), phrase))
     return rows
 
-
-# ---- sentences and sub-reports -------------------------------------------------------------------
 
 def split_sentences(report):
     """Sentences of a report: cut after . ! or ? before white space and a capital or a digit."""
@@ -238,9 +232,8 @@ def load_image(path, size=None):
 def augment(image, regions, size, strength, rng):
     """Randomly crop or pad an image and change its contrast; move its boxes along.
 
-    Not stated in the paper. image: PIL "L" of any size. -> ((size, size) uint8, regions). At
-    strength 1 the sides of the window are 0.7 to 1.34 of the image's. There is no flip, which
-    would swap left and right. A region is dropped if one of its boxes loses a third of its area."""
+    Not stated in the paper. image: PIL "L" of any size. -> ((size, size) uint8, regions). There is
+    no flip, which would swap left and right. Regions with a box that loses a third are dropped."""
     def vary(low, high, n=None):
         return strength * rng.uniform(low, high, n)
     # The window (x, y, w, h) in fractions of the image; where it is larger, black is padded.
@@ -390,14 +383,13 @@ def say_once(text):
 
 
 def learn_tokenizer(texts, vocab_size):
-    """A byte-level BPE tokenizer learned from texts, for towers trained from scratch.
-
-    Digits are never merged: a coordinate has one token per digit, as in Gemma's tokenizer."""
+    """A byte-level BPE tokenizer learned from texts, for towers trained from scratch."""
     from transformers import GPT2Tokenizer
     bytes_only = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
                                unk_token="<unk>")
+    # No digits: a coordinate then has one token per digit, as in Gemma's tokenizer. Lower case
+    # too: the text encoder reads nothing else.
     texts = [re.sub(r"\d", " ", text) for text in texts]
-    # Lower case too: the text encoder reads nothing else.
     return bytes_only.train_new_from_iterator(texts + [t.lower() for t in texts], vocab_size,
                                               show_progress=False)
 
@@ -969,9 +961,9 @@ class Conversion:
                           "degenerate box" if not fused else None):
                 fused = [[round(v, 5) for v in box] for box in fused]
                 row["regions"].append({"phrase": phrase, "boxes": fused})
-            for reason, n in (("in", len(boxes)), ("degenerate box", len(boxes) - len(inside)),
-                              ("merged", len(inside) - len(fused))):
-                self.count("boxes", split, reason, n)
+            self.count("boxes", split, "in", len(boxes))
+            self.count("boxes", split, "degenerate box", len(boxes) - len(inside))
+            self.count("boxes", split, "merged", len(inside) - len(fused))
 
     def finish(self, rows, published):
         """Make the regions, print the funnel and what is missing, write prepare.json and manifest.
@@ -984,9 +976,10 @@ class Conversion:
         print(format_table([("", *SPLITS)] + [
             (f"{table} {reason}", *(f"{n:,}" for n in by_split.values()))
             for table, reasons in self.funnel.items() for reason, by_split in reasons.items()]))
-        for line in [f"published, {name}: {n}" for name, n in published.items()] + [
-                f"missing: {loss}" for loss in self.lost]:
-            print(line)
+        for name, n in published.items():
+            print(f"published, {name}: {n}")
+        for loss in self.lost:
+            print(f"missing: {loss}")
         if not rows:
             raise InputError(f"{self.out}: no image is left, see the counts above; nothing written")
         arguments = {name: str(value) for name, value in vars(self.args).items()}
@@ -1183,9 +1176,10 @@ LUNGS = {1: "Right lung.", 2: "Left lung."}                    # by the annotati
 NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 
 
-def lung_boxes(path):
-    """Annotations of lungs -> {image: (pairs, (w, h))}, pairs of a name of the lung and its box."""
-    found, lungs = defaultdict(list), {}
+def prepare_covid_cxr(args):
+    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
+    run, rows, found, lungs = Conversion(args), [], defaultdict(list), {}
+    path = args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json"
     with reading(path):
         coco = json.loads(path.read_bytes())
         for note in coco["annotations"]:
@@ -1193,19 +1187,11 @@ def lung_boxes(path):
                 x, y, w, h = note["bbox"]
                 found[note["image_id"]].append(([x, y, x + w, y + h], note.get("category_id")))
         for image in coco["images"]:
-            boxes = found[image["id"]]
-            if len(boxes) == 2:                                # the right lung is further left
-                boxes = zip(sorted(box for box, _ in boxes), LUNGS)
-            pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
-            if pairs:
+            if boxes := found[image["id"]]:
+                if len(boxes) == 2:                            # the right lung is further left
+                    boxes = zip(sorted(box for box, _ in boxes), LUNGS)
+                pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
                 lungs[image["file_name"]] = pairs, (image["width"], image["height"])
-    return lungs
-
-
-def prepare_covid_cxr(args):
-    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
-    run, rows = Conversion(args), []
-    lungs = lung_boxes(args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json")
     for line in csv_rows(args.repo / "metadata.csv", "filename", "view", "license", ragged=True):
         # early releases have other capitals and spaces, and fewer columns
         line = defaultdict(str, {str(key).strip().lower(): one_line(value)
