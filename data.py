@@ -785,13 +785,11 @@ def reading(path):
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
             csv.Error, zlib.error, struct.error, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{path}: cannot be read to its end ({reason}); is the path right and the "
-                         "download complete?")
+        raise InputError(f"{path}: cannot be read ({reason}); is the download complete?")
 
 
 def csv_rows(path, *columns, ragged=False):
-    """Yield the rows of a table, a .csv, a .gz or a zip of one .csv, as dicts; ragged: rows may be
-    short, the values that they lack are None."""
+    """Yield the rows of a .csv, a .gz or a zip of one .csv as dicts; ragged: rows may be short."""
     csv.field_size_limit(1 << 30)                              # CheXmask: a mask is one field
     with reading(path):
         if path.suffix == ".zip":
@@ -889,16 +887,14 @@ def shrink(job):
 
 
 class Conversion:
-    """A run of a converter: the steps that all converters share, and their counts (the funnel).
+    """A run of a converter: the steps that all converters share, and their counts.
 
     funnel: {table: {reason: {split: n}}}, table one of images, pairs, boxes and out (what is left);
-    reason "in" is what came in, any other one says why something was dropped. lost: what the run
-    has to do without, in words."""
+    reason "in", or why something was dropped. lost: what the run has to do without, in words."""
 
     def __init__(self, args):
-        self.args, self.out, self.size = args, args.out, args.size
+        self.args, self.out, self.size, self.funnel, self.lost = args, args.out, args.size, {}, []
         self.iou = getattr(args, "wbf_iou", 1)                 # no boxes overlap by more than 1
-        self.funnel, self.lost = {}, []
         if self.size < 0 or args.workers < 1 or not 0 <= self.iou <= 1:
             raise InputError(f"--size {self.size}, --workers {args.workers}, --wbf-iou {self.iou}: "
                              "expected at least 0, at least 1, and from 0 to 1")
@@ -907,8 +903,7 @@ class Conversion:
         mine = notes.exists() and f'"command": "{args.command}"' in notes.read_text()
         for path in (self.out / "manifest.jsonl", notes, self.out / "LICENSES.csv"):
             if path.exists() and not mine:
-                raise InputError(f"{path}: exists and was not written by {args.command}; choose "
-                                 "another --out")
+                raise InputError(f"{path}: not written by {args.command}; choose another --out")
 
     def count(self, table, split, reason, n=1):
         by_split = self.funnel.setdefault(table, {}).setdefault(reason, dict.fromkeys(SPLITS, 0))
@@ -1073,8 +1068,8 @@ def add_pairs(run, rows, files, rated):
 def prepare_mimic_cxr(args):
     """MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA -> a manifest (Sec. 3.0.1)."""
     run, rows, good = Conversion(args), [], None
-    paths = [find(args.llava_rad, f"**/chat_{name}_*.json", "--llava-rad expects the folder of "
-                  "LLaVA-Rad's annotations") for name in ("train", "dev", "test")]
+    paths = [find(args.llava_rad, f"**/chat_{name}_*.json", "--llava-rad expects LLaVA-Rad's root")
+             for name in ("train", "dev", "test")]
     views = mimic_table(args.images, "metadata", "ViewPosition", "Columns", "Rows")
     if args.qba:
         files, rated = find_questions(args.qba, args.rating)
@@ -1146,8 +1141,7 @@ def prepare_padchest_gr(args):
     run, splits, rows = Conversion(args), {}, []
     images = files_below(args.images, ".png")
     if not args.size and not args.images.is_dir():
-        raise InputError(f"{args.images}: --size 0 cannot keep originals inside a zip; unzip it "
-                         "and give the folder, or give a --size")
+        raise InputError(f"{args.images}: --size 0 cannot keep images inside a zip; unzip it first")
     if not args.table:
         run.lost.append("splits and patients, all rows are of train (no --table)")
     for row in csv_rows(args.table, "ImageID", "split", "PatientID") if args.table else []:
