@@ -368,30 +368,27 @@ class Collate:
 
 # ---- shared by the scripts: long prompts, a tokenizer, pictures, work in parallel ----------------
 
+say_once = functools.cache(print)               # the same line only once per process
+
+
 def cut_text(tokenizer, text, length=PROMPT_TOKENS):
     """Cut a text to its first `length` tokens; the first time, say so on stderr."""
     if len(text.encode()) <= length or len(plain_ids(tokenizer, text)) <= length:
         return text                                            # so most texts need no tokenizing
-    say_once(f"note: a prompt of over {length} tokens is cut to its first {length}")
+    note = f"note: a prompt of over {length} tokens is cut to its first {length}"
+    say_once(note, file=sys.stderr)
     return tokenizer.decode(plain_ids(tokenizer, text)[:length])
-
-
-@functools.cache
-def say_once(text):
-    """Print a line on stderr, once per process."""
-    print(text, file=sys.stderr)
 
 
 def learn_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer learned from texts, for towers trained from scratch."""
     from transformers import GPT2Tokenizer
-    bytes_only = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
-                               unk_token="<unk>")
+    base = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
     # No digits: a coordinate then has one token per digit, as in Gemma's tokenizer. Lower case
     # too: the text encoder reads nothing else.
     texts = [re.sub(r"\d", " ", text) for text in texts]
-    return bytes_only.train_new_from_iterator(texts + [t.lower() for t in texts], vocab_size,
-                                              show_progress=False)
+    texts += [text.lower() for text in texts]
+    return base.train_new_from_iterator(texts, vocab_size, show_progress=False)
 
 
 def tokenizer_texts(rows):
@@ -406,8 +403,7 @@ COLOURS = ("#ffd21f", "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
 def draw_boxes(image, regions):
     """Draw boxes on an image (PIL "RGB"), in place, and list their phrases in the same colours."""
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    coloured = list(zip((region for region in regions if region["boxes"]),
-                        itertools.cycle(COLOURS)))
+    coloured = list(zip([r for r in regions if r["boxes"]], itertools.cycle(COLOURS)))
     for n, (region, colour) in enumerate(coloured):
         phrase = textwrap.shorten(region["phrase"], 44, placeholder=" ...")
         pen.text((5, 3 + 16 * n), phrase, colour, font, stroke_width=2, stroke_fill="black")
@@ -429,13 +425,11 @@ def tile(cells, columns):
 def map_ahead(pool, function, items, ahead):
     """Yield function(item) in order, computed by an executor at most `ahead` items ahead, so
     that the items and results of a large set are never all in memory."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
+    futures = (pool.submit(function, item) for item in items)
+    waiting = deque(itertools.islice(futures, ahead + 1))
     while waiting:
         yield waiting.popleft().result()
+        waiting.extend(itertools.islice(futures, 1))
 
 
 def start_worker():
@@ -713,14 +707,12 @@ def draw_finding(canvas, kind, side, zone, width):
 
 
 def draw_phantom(job, n=96):
-    """Draw and save image i of a split (n x n pixels), in a worker. -> its manifest row.
-
-    It has 1 to 3 findings, and a zone, pleura or organ is used once."""
+    """Draw and save image i of a split (n x n pixels), in a worker. -> its manifest row."""
     out, split, i, seed = job
     rng = np.random.default_rng([seed, SPLITS.index(split), i])
     canvas, findings, regions = Canvas(rng, n), {}, []
     n_findings = rng.choice([1, 2, 3], p=[.15, .65, .2])
-    while len(findings) < n_findings:
+    while len(findings) < n_findings:                           # a zone or organ is used once
         kind = rng.choice(list(FINDINGS), p=[p for p, *_ in FINDINGS.values()])
         side, size = rng.choice(["right", "left"]), rng.choice(list(SIZES))
         zone = {"effusion": "lower", "pneumothorax": "upper"}.get(kind) or rng.choice(list(ZONES))
@@ -752,9 +744,7 @@ def draw_phantom(job, n=96):
 
 def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     """Write a phantom data set to a new folder, the same for the same seed. Returns the folder.
-
-    It is drawn in a temporary folder, which is then renamed: a killed run leaves no partial
-    phantom, and of two runs at once the first to finish is kept."""
+    It is drawn in a temporary folder, then renamed: a killed run leaves no partial phantom."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -768,7 +758,7 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
         try:
             draft.rename(out)
         except OSError:
-            if not (out / "manifest.jsonl").exists():
+            if not (out / "manifest.jsonl").exists():          # else another run was first
                 raise
     return out
 
@@ -801,8 +791,7 @@ def csv_rows(path, *columns, ragged=False):
                 raise InputError(f"{path}: no column {missing[0]!r} in {', '.join(names)[:200]}")
             for row in tqdm(table, path.name, unit="row"):
                 if None in row.values() and not ragged:
-                    raise InputError(f"{path}:{table.line_num}: expected {len(names)} fields, got "
-                                     "fewer; is the download complete?")
+                    raise InputError(f"{path}:{table.line_num}: cut, expected {len(names)} fields")
                 yield row
 
 
@@ -986,7 +975,7 @@ class Conversion:
         print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
 
 
-# ---- converters: MIMIC-CXR and MS-CXR ------------------------------------------------------------
+# ---- converters: MIMIC-CXR, MS-CXR, PadChest-GR and (not in the paper) an open COVID-19 set ------
 
 METHODS, DICE = ("gpt4", "rule-based"), "Dice RCA (Mean)"
 RATINGS = {"A++": ("A_frontal", "App"), "A+": ("A_frontal", "Ap"), "A": ("A_frontal", None),
@@ -997,6 +986,11 @@ MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
                    "out studies": "2,432 of test (LoFi)", "out boxed studies": "169,441 (LoFi)",
                    "out pairs": "394,835 (LoFi)"}
 MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
+PADCHEST_PUBLISHED = {"images in": "4,555",
+                      "out boxed images": "2,404 of the pool, 604 of test (LoFi)",
+                      "out pairs": "4,979 of the pool, 2,404 of test (LoFi)"}
+LUNGS = {1: "Right lung.", 2: "Left lung."}    # by the category in covid-chestxray-dataset
+NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 
 
 def mimic_table(images, kind, *columns):
@@ -1017,8 +1011,7 @@ def mimic_row(images, path, where):
 
 
 def find_questions(root, rating):
-    """MIMIC-Ext-CXR-QBA -> {file name: path} of the studies' questions, and {study: ids of those
-    rated well}, or None if all are."""
+    """MIMIC-Ext-CXR-QBA -> {name: path} of studies' questions, {study: ids rated well} or None."""
     export, table = RATINGS[rating]
     folder, rated = root / "exports" / export, defaultdict(set)
     files = files_below(find(folder, "qa*", "--qba expects MIMIC-Ext-CXR-QBA's root"), ".qa.json")
@@ -1130,12 +1123,6 @@ def prepare_ms_cxr(args):
     run.finish(run.prepare_images(rows.values()), MS_CXR_PUBLISHED)
 
 
-# ---- converters: PadChest-GR, and the open COVID-19 image data collection (not in the paper) -----
-
-PADCHEST_PUBLISHED = {"images in": "4,555", "out boxed images": "2,404 of the pool, 604 of test "
-                      "(LoFi)", "out pairs": "4,979 of the pool, 2,404 of test (LoFi)"}
-
-
 def prepare_padchest_gr(args):
     """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs."""
     run, splits, rows = Conversion(args), {}, []
@@ -1164,10 +1151,6 @@ def prepare_padchest_gr(args):
                              "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
                              "name": f"{Path(image).stem}.jpg", "source": images[image]})
     run.finish(run.prepare_images(rows), PADCHEST_PUBLISHED)
-
-
-LUNGS = {1: "Right lung.", 2: "Left lung."}                    # by the annotations' category
-NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 
 
 def prepare_covid_cxr(args):
@@ -1244,12 +1227,14 @@ def parse_args():
     add("--images", **path, help="root of MIMIC-CXR-JPG")
     add("--llava-rad", **path, help="folder of LLaVA-Rad's chat_*.json")
     add("--qba", type=Path, help="root of MIMIC-Ext-CXR-QBA (default: none, so no boxes)")
-    add("--chexmask", type=Path, help="CheXmask's MIMIC-CXR-JPG.csv, or .gz, to drop images below "
-        "0.7 in Dice RCA (Mean) (default: none, so all are kept)")
-    add("--method", choices=METHODS, default="gpt4", help="which texts (default: gpt4, Sec. 3.0.1)")
-    add("--rating", choices=RATINGS, default="A++", help="lowest one (default: A++, Sec. 3.0.1)")
-    add("--wbf-iou", type=float, default=0.1, help="fuse boxes of a sentence that overlap by more "
-        "(default: 0.1, not stated in the paper)")
+    add("--chexmask", type=Path,
+        help="CheXmask's MIMIC-CXR-JPG.csv: drop images below 0.7 in Dice RCA (default: none)")
+    add("--method", choices=METHODS, default="gpt4",
+        help="which texts of LLaVA-Rad; a file without them gives its others (default: gpt4)")
+    add("--rating", choices=RATINGS, default="A++",
+        help="lowest rating of a text-box pair's question (default: A++, Sec. 3.0.1)")
+    add("--wbf-iou", type=float, default=0.1,
+        help="fuse boxes of a sentence above this IoU (default: 0.1, not stated in the paper)")
 
     add = converter("padchest-gr", "PadChest-GR: images, sentences and boxes")
     add("--images", **path, help="folder or zip of the 16-bit PNGs")
