@@ -75,8 +75,7 @@ def manifest_path(data):
 def read_manifest(data, split=None):
     """The rows of a manifest (of one split), each checked, plus "path": the image's full path.
 
-    Boxes of almost no area are dropped. Raises InputError with file, line, what was given and what
-    is expected, for the first invalid row."""
+    Boxes of almost no area are dropped. Raises InputError with file and line for an invalid row."""
     path, rows = manifest_path(data), []
     for number, row, problem in scan_manifest(data):
         if problem:
@@ -110,20 +109,16 @@ def boxes_to_text(boxes):
 
 def text_to_boxes(text):
     """The inverse: -> (boxes, malformed). Text that is not exactly box text gives ([], True)."""
-    if text.strip() == NO_BOXES:
-        return [], False
-    boxes = []
-    for part in text.strip().split("; "):
-        if not BOX_PATTERN.fullmatch(part):
-            return [], True
-        x0, y0, x1, y1 = (int(v) / 1000 for v in part.split())
-        if not (x0 < x1 <= 1 and y0 < y1 <= 1):
-            return [], True
-        boxes.append([x0, y0, x1, y1])
+    parts = text.strip().split("; ")
+    if not all(BOX_PATTERN.fullmatch(part) for part in parts):
+        return [], text.strip() != NO_BOXES
+    boxes = [[int(v) / 1000 for v in part.split()] for part in parts]
+    if not all(x0 < x1 <= 1 and y0 < y1 <= 1 for x0, y0, x1, y1 in boxes):
+        return [], True
     return boxes, False
 
 
-# ---- prompts (Eq. 2, 3, L_d) and the draw of a task ----------------------------------------------
+# ---- prompts (Eq. 2, 3, L_d), the draw of a task, sentences of a report --------------------------
 
 # The paper prints only the beginning of the last two prompts; their endings are not stated in it.
 CAPTIONING_PROMPT = "Report this medical scan."             # P_c
@@ -144,13 +139,9 @@ def possible_tasks(report, regions, objectives="cgd"):
 
 
 def sample_tasks(report, regions, objectives, n_regions, rng):
-    """Draw one task tau for an image -> its rows (task, prompt, target): one for the report, or up
-    to n_regions for the regions; [] if the image has neither.
-
-    A row is one sequence of the LLM. The rows of an image share its vision pass, so several regions
-    cost little."""
-    tasks = possible_tasks(report, regions, objectives)
-    if not tasks:
+    """Draw one task tau for an image -> its rows (task, prompt, target), sequences of the LLM: one
+    for the report, or up to n_regions that share the vision pass; [] if it can serve no task."""
+    if not (tasks := possible_tasks(report, regions, objectives)):
         return []
     regions = [region for region in regions if region["boxes"]]
     # Where a task is impossible or not among the objectives, the others share its weight.
@@ -167,8 +158,6 @@ def sample_tasks(report, regions, objectives, n_regions, rng):
             rows.append(("d", DENSE_CAPTIONING_PROMPT.format(boxes=boxes), phrase))
     return rows
 
-
-# ---- sentences and sub-reports -------------------------------------------------------------------
 
 def split_sentences(report):
     """Sentences of a report: cut after . ! or ? before white space and a capital or a digit."""
@@ -189,9 +178,7 @@ def sub_reports(report, length=5):
 
 def sub_report_table(rows):
     """Table 1's images and texts: of each study the first image with a report, and its sub-reports.
-
-    -> images: indices into rows; texts; owner: (texts,) the index in images of each text's image.
-    """
+    -> images: indices into rows; texts; owner: (texts,) the index in images of each text's image"""
     first_of_study = {}
     for i, row in enumerate(rows):
         if row["report"]:
@@ -219,8 +206,7 @@ def load_image(path, size=None):
     """Read an image of any mode as 8-bit grey (PIL "L"), stretched to (size, size) if given.
 
     path: of a file, or a PIL image. 16-bit, 32-bit and float images, and 8-bit ones that use less
-    than a quarter of the range, are windowed by percentiles; transparency is black. Raises
-    InputError, with the path, if it cannot be read."""
+    than a quarter of the range, are windowed; transparency is black. Raises InputError."""
     try:
         with path.copy() if isinstance(path, Image.Image) else Image.open(path) as image:
             if size and image.format == "JPEG":
@@ -246,9 +232,8 @@ def load_image(path, size=None):
 def augment(image, regions, size, strength, rng):
     """Randomly crop or pad an image and change its contrast; move its boxes along.
 
-    Not stated in the paper. image: PIL "L" of any size. -> ((size, size) uint8, regions). At
-    strength 1 the sides of the window are 0.7 to 1.34 of the image's. There is no flip, which
-    would swap left and right. A region is dropped if one of its boxes loses a third of its area."""
+    Not stated in the paper. image: PIL "L" of any size. -> ((size, size) uint8, regions). There is
+    no flip, which would swap left and right. Regions with a box that loses a third are dropped."""
     def vary(low, high, n=None):
         return strength * rng.uniform(low, high, n)
     # The window (x, y, w, h) in fractions of the image; where it is larger, black is padded.
@@ -269,7 +254,7 @@ def augment(image, regions, size, strength, rng):
     return pixels, kept
 
 
-# ---- tokens --------------------------------------------------------------------------------------
+# ---- tokens, samples and batches -----------------------------------------------------------------
 
 PROMPT_TOKENS = 256                     # of a prompt, which is a phrase or some boxes
 
@@ -296,17 +281,13 @@ def prompt_ids(tokenizer, prompt):
     return plain_ids(tokenizer, cut_text(tokenizer, prompt) + "\n")
 
 
-# ---- dataset and batches -------------------------------------------------------------------------
-
 class ChestXrays:
     """Training samples of manifest rows: a map-style dataset for torch.utils.data.DataLoader.
 
-    Indexed by (epoch, i), which fixes the random draws, whatever the order or the workers. A
-    sample: {"image": (size, size) uint8, "path": str, "text": str, "tasks": [(task, prompt,
-    target), ...]}, or {"bad": message} for an unreadable image if skip_bad is set.
-
-    rows: from read_manifest; objectives: letters of "scgd"; n_regions: at most, per image and step;
-    augmented: strength, 0 for none; cached: keep decoded images, for sets that fit in memory."""
+    Indexed by (epoch, i), which alone fixes the random draws. A sample: {"image": (size, size)
+    uint8, "path": str, "text": str, "tasks": [(task, prompt, target), ...]}, or, if skip_bad is
+    set, {"bad": message} for an unreadable image. objectives: letters of "scgd"; n_regions: at
+    most, per image and step; augmented: strength; cached: keep decoded images in memory."""
 
     def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
                  skip_bad=False, seed=0):
@@ -324,9 +305,9 @@ class ChestXrays:
         try:                                                   # twice the size, if it is cropped
             image = image or load_image(row["path"], self.size * (2 if self.augmented else 1))
         except InputError as error:
-            if self.skip_bad:
-                return {"bad": str(error)}
-            raise
+            if not self.skip_bad:
+                raise
+            return {"bad": str(error)}
         if self.cached:
             self.cache[i] = image
         if self.augmented:
@@ -357,34 +338,27 @@ class Collate:
         samples = [s for s in samples if "bad" not in s]
         if not samples:
             return {"image": torch.zeros(0), "bad": bad}
-        rows = [(i, *task) for i, sample in enumerate(samples) for task in sample["tasks"]]
-        ids, is_target = self.pad([(prompt, target) for *_, prompt, target in rows])
+        rows, llm = [], self.llm_tokenizer
+        for i, sample in enumerate(samples):
+            for task, prompt, target in sample["tasks"]:
+                prompt, target = prompt_ids(llm, prompt), plain_ids(llm, target)
+                target = (target + [llm.eos_token_id])[:self.max_target]     # if cut, no <eos>
+                rows.append((i, TASKS.index(task), prompt + target, len(prompt)))
+        length = max((len(tokens) for _, _, tokens, _ in rows), default=0)
+        ids = torch.full((len(rows), length), llm.pad_token_id)                        # (R, L)
+        is_target = torch.zeros_like(ids, dtype=torch.bool)                            # (R, L)
+        for n, (_, _, tokens, n_prompt) in enumerate(rows):
+            ids[n, :len(tokens)] = torch.tensor(tokens)
+            is_target[n, n_prompt:len(tokens)] = True
         batch = {"image": torch.from_numpy(np.stack([s["image"] for s in samples])),   # (B, S, S)
-                 "ids": ids, "is_target": is_target,                                   # (R, L)
+                 "ids": ids, "is_target": is_target, "bad": bad,
                  "image_of_row": torch.tensor([i for i, *_ in rows], dtype=torch.long),
-                 "task_of_row": torch.tensor([TASKS.index(task) for _, task, *_ in rows],
-                                             dtype=torch.long),
-                 "bad": bad, "paths": [s["path"] for s in samples]}
+                 "task_of_row": torch.tensor([task for _, task, *_ in rows], dtype=torch.long),
+                 "paths": [s["path"] for s in samples]}
         if self.text_tokenizer:
             batch["text"] = text_ids(self.text_tokenizer, [s["text"] for s in samples],
                                      self.text_length)                                 # (B, T)
         return batch
-
-    def pad(self, pairs):
-        """(prompt, target) texts of the R rows -> ids (R, L), is_target (R, L), padded right."""
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-        ids, is_target = [], []
-        for prompt, target in pairs:
-            prompt = prompt_ids(self.llm_tokenizer, prompt)
-            target = plain_ids(self.llm_tokenizer, target) + [self.llm_tokenizer.eos_token_id]
-            target = target[:self.max_target]                  # a target that is cut has no <eos>
-            ids.append(torch.tensor(prompt + target))
-            is_target.append(torch.arange(len(prompt + target)) >= len(prompt))
-        if not pairs:                                          # only the contrastive loss
-            return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
-        return (pad_sequence(ids, batch_first=True, padding_value=self.llm_tokenizer.pad_token_id),
-                pad_sequence(is_target, batch_first=True, padding_value=False))
 
 
 # ==================================================================================================
@@ -392,7 +366,82 @@ class Collate:
 # ==================================================================================================
 
 
-# ---- reading a manifest: what is checked ---------------------------------------------------------
+# ---- shared by the scripts: long prompts, a tokenizer, pictures, work in parallel ----------------
+
+say_once = functools.cache(print)               # the same line only once per process
+
+
+def cut_text(tokenizer, text, length=PROMPT_TOKENS):
+    """Cut a text to its first `length` tokens; the first time, say so on stderr."""
+    if len(text.encode()) <= length or len(plain_ids(tokenizer, text)) <= length:
+        return text                                            # so most texts need no tokenizing
+    note = f"note: a prompt of over {length} tokens is cut to its first {length}"
+    say_once(note, file=sys.stderr)
+    return tokenizer.decode(plain_ids(tokenizer, text)[:length])
+
+
+def learn_tokenizer(texts, vocab_size):
+    """A byte-level BPE tokenizer learned from texts, for towers trained from scratch."""
+    from transformers import GPT2Tokenizer
+    base = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+    # No digits: a coordinate then has one token per digit, as in Gemma's tokenizer. Lower case
+    # too: the text encoder reads nothing else.
+    texts = [re.sub(r"\d", " ", text) for text in texts]
+    texts += [text.lower() for text in texts]
+    return base.train_new_from_iterator(texts, vocab_size, show_progress=False)
+
+
+def tokenizer_texts(rows):
+    """The texts to learn a tokenizer from: the prompts, and the rows' reports and phrases."""
+    prompts = [CAPTIONING_PROMPT, GROUNDING_PROMPT, DENSE_CAPTIONING_PROMPT] * 100
+    return prompts + [r["report"] for r in rows] + [g["phrase"] for r in rows for g in r["regions"]]
+
+
+COLOURS = ("#ffd21f", "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
+
+
+def draw_boxes(image, regions):
+    """Draw boxes on an image (PIL "RGB"), in place, and list their phrases in the same colours."""
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    coloured = list(zip([r for r in regions if r["boxes"]], itertools.cycle(COLOURS)))
+    for n, (region, colour) in enumerate(coloured):
+        phrase = textwrap.shorten(region["phrase"], 44, placeholder=" ...")
+        pen.text((5, 3 + 16 * n), phrase, colour, font, stroke_width=2, stroke_fill="black")
+    for region, colour in coloured:
+        for box in region["boxes"]:                            # last, so text hides no edge
+            corners = [v * (n - 1) for v, n in zip(box, image.size * 2)]
+            pen.rectangle(corners, outline=colour, width=2)
+
+
+def tile(cells, columns):
+    """Images of one size, row by row on one sheet -> PIL image."""
+    w, h = cells[0].size
+    sheet = Image.new("RGB", (w * min(columns, len(cells)), h * math.ceil(len(cells) / columns)))
+    for n, cell in enumerate(cells):
+        sheet.paste(cell, (n % columns * w, n // columns * h))
+    return sheet
+
+
+def map_ahead(pool, function, items, ahead):
+    """Yield function(item) in order, computed by an executor at most `ahead` items ahead, so
+    that the items and results of a large set are never all in memory."""
+    futures = (pool.submit(function, item) for item in items)
+    waiting = deque(itertools.islice(futures, ahead + 1))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(itertools.islice(futures, 1))
+
+
+def start_worker():
+    """Set up a worker process: it ignores Ctrl-C and ends when its parent ends or is killed."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+# ---- checks of a manifest ------------------------------------------------------------------------
 
 ROW_KEYS = ("image", "study", "patient", "split", "report", "regions")
 
@@ -420,7 +469,7 @@ def row_problem(row, folder):
     """An error message for an invalid row of the manifest, else None."""
     if not isinstance(row, dict):
         return f"expected one JSON object a line, got {type(row).__name__}"
-    for key, kind in zip(ROW_KEYS, (str, str, str, str, str | None, list | None), strict=True):
+    for key, kind in zip(ROW_KEYS, (str, str, str, str, str | None, list | None)):
         value = row.get(key)
         if not isinstance(value, kind) or (kind is str and not value):
             return f"{key!r} is {value!r:.80}, expected {'a list' if key == 'regions' else 'text'}"
@@ -436,95 +485,85 @@ def row_problem(row, folder):
                         "expected [x0, y0, x1, y1] in [0, 1]")
     if not (folder / row["image"]).is_file():
         return f"image {folder / row['image']} does not exist"
-    return None
 
 
 def find_row(rows, image):
     """The row whose image is this file or, by its bytes, a copy of it; None if there is none."""
     same = [row for row in rows if filecmp.cmp(row["path"], image, shallow=False)]
-    own = [row for row in same if os.path.samefile(row["path"], image)]
-    return next(iter(own + same), None)
+    return max(same, key=lambda row: os.path.samefile(row["path"], image), default=None)
 
 
-# ---- shared by the scripts: long prompts, a tokenizer, pictures, work in parallel ----------------
-
-def cut_text(tokenizer, text, length=PROMPT_TOKENS):
-    """Cut a text to its first `length` tokens; the first time, say so on stderr."""
-    if len(text.encode()) <= length or len(plain_ids(tokenizer, text)) <= length:
-        return text                                            # so most texts need no tokenizing
-    say_once(f"note: a prompt of over {length} tokens is cut to its first {length}")
-    return tokenizer.decode(plain_ids(tokenizer, text)[:length])
-
-
-@functools.cache
-def say_once(text):
-    """Print a line on stderr, once per process."""
-    print(text, file=sys.stderr)
-
-
-def learn_tokenizer(texts, vocab_size):
-    """A byte-level BPE tokenizer learned from texts, for towers trained from scratch.
-
-    Digits are never merged: a coordinate has one token per digit, as in Gemma's tokenizer."""
-    from transformers import GPT2Tokenizer
-    bytes_only = GPT2Tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
-                               unk_token="<unk>")
-    texts = [re.sub(r"\d", " ", text) for text in texts]
-    # Lower case too: the text encoder reads nothing else.
-    return bytes_only.train_new_from_iterator(texts + [t.lower() for t in texts], vocab_size,
-                                              show_progress=False)
+def manifest_notes(rows):
+    """Warnings about valid but suspicious rows of a manifest, one line each; reads no image."""
+    regions = [region for row in rows for region in row.get("regions") or []]
+    boxes = [box for region in regions for box in region["boxes"]]
+    patients = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
+    counts = {"rows repeated word for word": len(rows) - len({hash(str(row)) for row in rows}),
+              "rows whose image another row has": len(rows) - len({r["image"] for r in rows}),
+              "rows with neither report nor regions":
+                  sum(not (row.get("report") or row.get("regions")) for row in rows),
+              "boxes of almost no area, dropped when read":
+                  len(boxes) - len(drop_degenerate(boxes))}
+    notes = [f"{words}: {n:,}" for words, n in counts.items() if n]
+    for things, known in ((rows, (*ROW_KEYS, "path")), (regions, ("phrase", "boxes"))):
+        for key, n in Counter(key for thing in things for key in thing if key not in known).items():
+            meant = "".join(f"; is {k!r} meant?" for k in difflib.get_close_matches(key, known, 1))
+            notes.append(f"unknown key {key!r}, not read: {n:,}{meant}")
+    notes += [f"no rows of split {split!r}" for split in ("val", "test") if not patients[split]]
+    for first, second in itertools.combinations(SPLITS, 2):
+        if shared := patients[first] & patients[second]:
+            notes.append(f"patients both in {first} and in {second}, so scores mislead: "
+                         f"{len(shared):,}, such as {min(shared)!r}")
+    return notes
 
 
-def tokenizer_texts(rows):
-    """The texts to learn a tokenizer from: the prompts, and the rows' reports and phrases."""
-    prompts = [CAPTIONING_PROMPT, GROUNDING_PROMPT, DENSE_CAPTIONING_PROMPT] * 100
-    return prompts + [r["report"] for r in rows] + [g["phrase"] for r in rows for g in r["regions"]]
+def count_rows(rows, split):
+    """{what: how many} of a split's rows."""
+    rows = [row for row in rows if row["split"] == split]
+    boxed = [row for row in rows if row["regions"]]
+    pairs = [region for row in rows for region in row["regions"]]
+    return {"images": len(rows), "boxed images": len(boxed),
+            "studies": len({row["study"] for row in rows}),
+            "boxed studies": len({row["study"] for row in boxed}),
+            "patients": len({row["patient"] for row in rows}),
+            "reports": sum(bool(row["report"]) for row in rows),
+            "pairs": len(pairs), "boxes": sum(len(pair["boxes"]) for pair in pairs)}
 
 
-COLOURS = ("#ffd21f", "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
-
-
-def draw_boxes(image, regions):
-    """Draw boxes on an image (PIL "RGB"), in place, and list their phrases in the same colours."""
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    boxed = [region for region in regions if region["boxes"]]
-    for n, (region, colour) in enumerate(zip(boxed, itertools.cycle(COLOURS))):
-        phrase = textwrap.shorten(region["phrase"], 44, placeholder=" ...")
-        pen.text((5, 3 + 16 * n), phrase, colour, font, stroke_width=2, stroke_fill="black")
-    for region, colour in zip(boxed, itertools.cycle(COLOURS)):
-        for box in region["boxes"]:                            # last, so text hides no edge
-            corners = [v * (n - 1) for v, n in zip(box, image.size * 2)]
-            pen.rectangle(corners, outline=colour, width=2)
-
-
-def tile(cells, columns):
-    """Images of one size, row by row on one sheet -> PIL image."""
-    w, h = cells[0].size
-    sheet = Image.new("RGB", (w * min(columns, len(cells)), h * math.ceil(len(cells) / columns)))
-    for n, cell in enumerate(cells):
-        sheet.paste(cell, (n % columns * w, n // columns * h))
-    return sheet
-
-
-def map_ahead(pool, function, items, ahead):
-    """Yield function(item) in order, computed by an executor at most `ahead` items ahead, so
-    that the items and results of a large set are never all in memory."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def start_worker():
-    """Set up a worker process: it ignores Ctrl-C and ends when its parent ends or is killed."""
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def check(data, png):
+    """Read every row and image of a data set, print every problem, the counts and what is odd, and
+    draw eight rows with their boxes. Returns the number of problems."""
+    path, rows, n_flat, pictures = manifest_path(data), [], 0, set()
+    scanned = list(scan_manifest(data))
+    if not scanned:
+        raise InputError(f"{path}: no rows")
+    check_output(png, [path] + [path.parent / row["image"] for _, row, bad in scanned if not bad])
+    for number, row, problem in tqdm(scanned, "check", unit="row"):
+        try:
+            if problem:
+                raise InputError(problem)
+            pixels = load_image(path.parent / row["image"], 64).tobytes()
+        except InputError as error:
+            tqdm.write(f"{path}:{number}: {error}")
+            continue
+        rows.append({**row, "report": row.get("report"), "regions": row.get("regions") or []})
+        n_flat += len(set(pixels)) == 1
+        pictures.add(hash(pixels))
+    print(format_table([("", *count_rows([], ""))] + [
+        (split, *(f"{n:,}" for n in count_rows(rows, split).values())) for split in SPLITS]))
+    looks = {"images of a single grey value": n_flat,
+             "images that look the same as another row's": len(rows) - len(pictures)}
+    for note in [f"{words}: {n:,}" for words, n in looks.items() if n] + manifest_notes(rows):
+        print(f"note: {note}")
+    boxed, images = [row for row in rows if row["regions"]] or rows, []
+    for row in boxed[::max(1, len(boxed) // 8)][:8]:           # from all over the set
+        images.append(load_image(path.parent / row["image"], 320).convert("RGB"))
+        draw_boxes(images[-1], row["regions"])
+    if images:
+        write_file(png, lambda draft: tile(images, 4).save(draft, "PNG"))
+        print(f"drew {png}: check that the boxes are where the phrases say")
+    print(f"{len(scanned) - len(rows)} problems in {len(scanned)} rows")
+    return len(scanned) - len(rows)
 
 
 # ---- the phantom: drawn chest X-rays -------------------------------------------------------------
@@ -546,9 +585,8 @@ FINDINGS = {  # kind: (probability, its sentence, the sentence that it is not th
     "pneumothorax": (.09, "{Size} {side} pneumothorax.", "No pneumothorax."),
     "pacemaker": (.10, "Pacemaker over the {side} chest.", "No implanted device."),
     "heart": (.05, "The heart is {degree} enlarged.", "Normal heart size.")}
-SENTENCES = 3                       # on findings, there or not, in a phantom's report
-POSITION = "{view} view, chest {y} and {x}."                    # in half of the reports
 BODY_WIDTH, BODY_SHIFT = (.70, 1.06), .12                       # fractions of the image; each way
+PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
 
 
 class Canvas:
@@ -561,27 +599,26 @@ class Canvas:
         self.pixels = np.full((n, n), 14, np.float32)
 
     def position(self):
-        """The sentence that says how the body lies in the image: how much of its width it takes,
-        and where its middle is, each by thirds of the range. Right and left are the patient's."""
+        """The sentence on the body's width and the place of its middle, by thirds of the range."""
         def third(value, low, high, *words):
             return words[min(2, int(3 * (value - low) / (high - low)))]
         x, y = self.centre - .5
-        return POSITION.format(
-            view=third(2 * self.scale[0], *BODY_WIDTH, "Wide", "Standard", "Close"),
-            y=third(y, -BODY_SHIFT, BODY_SHIFT, "high", "level", "low"),
-            x=third(x, -BODY_SHIFT, BODY_SHIFT, "right", "central", "left"))
+        view = third(2 * self.scale[0], *BODY_WIDTH, "Wide", "Standard", "Close")
+        y = third(y, -BODY_SHIFT, BODY_SHIFT, "high", "level", "low")
+        x = third(x, -BODY_SHIFT, BODY_SHIFT, "right", "central", "left")    # the patient's
+        return f"{view} view, chest {y} and {x}."
 
     def mask(self, *shapes, blur=0, line=0):
         """Filled polygons, or lines of that width (image fraction), blurred: (n, n) in [0, 1]."""
         layer = Image.new("L", (self.n, self.n))
+        pen = ImageDraw.Draw(layer)
         for points in shapes:
             corners = [tuple(p) for p in (self.centre + self.scale * points) * self.n]
             if line:
-                ImageDraw.Draw(layer).line(corners, 255, max(1, round(line * self.n)), "curve")
+                pen.line(corners, 255, max(1, round(line * self.n)), "curve")
             else:
-                ImageDraw.Draw(layer).polygon(corners, 255)
-        if blur:
-            layer = layer.filter(ImageFilter.BoxBlur(1.6 * blur * self.n))
+                pen.polygon(corners, 255)
+        layer = layer.filter(ImageFilter.BoxBlur(1.6 * blur * self.n))
         return np.asarray(layer, np.float32) / 255
 
     def box(self, points):
@@ -643,8 +680,8 @@ def draw_finding(canvas, kind, side, zone, width):
         pixels += (mask(outline, blur=.005) - inside) * 112
         pixels -= inside * 30
     elif kind == "consolidation":
-        wobble = 1 + .12 * np.sin(np.arange(28) / 28 * 2 * np.pi * rng.integers(3, 6)
-                                  + rng.uniform(0, 6))
+        waves, phase = rng.integers(3, 6), rng.uniform(0, 6)
+        wobble = 1 + .12 * np.sin(np.arange(28) / 28 * 2 * np.pi * waves + phase)
         outline = ellipse(x, y, .62 * width, .62 * width * rng.uniform(.55, .85), wobble)
         pixels += mask(outline, blur=.012) * (1 + noise(rng, 24, canvas.n, .3)) * 66
     elif kind == "effusion":
@@ -654,12 +691,12 @@ def draw_finding(canvas, kind, side, zone, width):
         pixels += mask(outline, blur=.010) * 92
     elif kind == "pneumothorax":
         edge = width * rng.uniform(.6, .8)
-        line = [(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge),
-                (-.70, -.78 + 2 * width * rng.uniform(.95, 1.05))]
-        outline = mirror([(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
-                         + line[::-1], side)
+        line = mirror([(-.20, -.70 + edge), (-.40, -.62 + edge), (-.60 + .4 * edge, -.40 + edge),
+                       (-.70, -.78 + 2 * width * rng.uniform(.95, 1.05))], side)
+        apex = [(-.14, -.66), (-.26, -.76), (-.42, -.72), (-.58, -.48), (-.68, -.12)]
+        outline = mirror(apex, side) + line[::-1]
         pixels -= mask(outline, blur=.004) * 48
-        pixels += mask(mirror(line, side), blur=.002, line=.012) * 70
+        pixels += mask(line, blur=.002, line=.012) * 70
     elif kind == "pacemaker":
         x, y = rng.uniform(-.70, -.36), rng.uniform(-.72, -.30)
         outline = mirror(ellipse(x, y, rng.uniform(.20, .26), rng.uniform(.16, .21)), side)
@@ -669,79 +706,64 @@ def draw_finding(canvas, kind, side, zone, width):
     return outline
 
 
-def choose_findings(rng):
-    """1 to 3 findings, each as (kind, side, zone, size); a zone, pleura or organ is used once."""
-    taken, findings, n_findings = set(), [], rng.choice([1, 2, 3], p=[.15, .65, .2])
-    while len(findings) < n_findings:
-        kind = rng.choice(list(FINDINGS), p=[p for p, *_ in FINDINGS.values()])
-        side, size = rng.choice(["right", "left"]), rng.choice(list(SIZES))
-        zone = {"effusion": "lower", "pneumothorax": "upper"}.get(kind) or rng.choice(list(ZONES))
-        place = kind if kind in ("heart", "pacemaker") else (side, zone)
-        if place not in taken:
-            taken.add(place)
-            findings.append((kind, side, zone, size))
-    return findings
-
-
 def draw_phantom(job, n=96):
     """Draw and save image i of a split (n x n pixels), in a worker. -> its manifest row."""
     out, split, i, seed = job
     rng = np.random.default_rng([seed, SPLITS.index(split), i])
-    canvas, findings, regions = Canvas(rng, n), choose_findings(rng), []
-    size_of = {kind: size for kind, _, _, size in findings}
+    canvas, findings, regions = Canvas(rng, n), {}, []
+    n_findings = rng.choice([1, 2, 3], p=[.15, .65, .2])
+    while len(findings) < n_findings:                           # a zone or organ is used once
+        kind = rng.choice(list(FINDINGS), p=[p for p, *_ in FINDINGS.values()])
+        side, size = rng.choice(["right", "left"]), rng.choice(list(SIZES))
+        zone = {"effusion": "lower", "pneumothorax": "upper"}.get(kind) or rng.choice(list(ZONES))
+        place = kind if kind in ("heart", "pacemaker") else (side, zone)
+        findings.setdefault(place, (kind, side, zone, size))
+    size_of = {kind: size for kind, _, _, size in findings.values()}
     degree, border = HEART[size_of.get("heart")]
     left = -.22 - .3 * (border - .46)
     heart = ellipse((left + border) / 2, .26, (border - left) / 2, .28)
     draw_anatomy(canvas, heart)
-    for kind, side, zone, size in findings:
+    for kind, side, zone, size in findings.values():
         width = SIZES[size] * rng.uniform(.94, 1.06)
         outline = heart if kind == "heart" else draw_finding(canvas, kind, side, zone, width)
         phrase = FINDINGS[kind][1].format(side=side, zone=zone, Size=size.capitalize(),
                                           degree=degree)
         regions.append({"phrase": phrase, "boxes": [canvas.box(outline)]})
+    # A report has three sentences on findings, there or not, and half of the time the position.
     absent = rng.permutation([kind for kind in FINDINGS if kind not in size_of])
     sentences = [r["phrase"] for r in regions] + [FINDINGS[kind][2] for kind in absent]
-    sentences = sentences[:SENTENCES]
-    if rng.integers(2):
-        sentences.append(canvas.position())
+    sentences = sentences[:3] + ([canvas.position()] if rng.integers(2) else [])
     report = " ".join(rng.permutation(sentences))
     pixels = (canvas.pixels * rng.uniform(.85, 1.1)
               + noise(rng, 2 * n // 3, n, 8) + noise(rng, 5, n, 6))
     name, study = f"images/{split}_{i:05d}.png", f"{split}{i:05d}"
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    image.save(out / name, compress_level=1)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out / name, compress_level=1)
     return {"image": name, "study": study, "patient": study, "split": split, "report": report,
             "regions": regions}
 
 
-PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
-
-
 def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     """Write a phantom data set to a new folder, the same for the same seed. Returns the folder.
-
-    It is drawn in a temporary folder, which is then renamed: a killed run leaves no partial
-    phantom, and of two runs at once the first to finish is kept."""
+    It is drawn in a temporary folder, then renamed: a killed run leaves no partial phantom."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         draft = Path(folder, "phantom")                        # its mode is the umask's
         (draft / "images").mkdir(parents=True)
         jobs = [(draft, split, i, seed) for split, n in sizes.items() for i in range(n)]
-        with (ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_worker) as pool,
-              open(draft / "manifest.jsonl", "w") as manifest):
-            for row in tqdm(pool.map(draw_phantom, jobs, chunksize=50), "phantom", len(jobs),
-                            unit="image", disable=quiet):
-                manifest.write(json.dumps(row) + "\n")
+        with ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_worker) as pool:
+            rows = list(tqdm(pool.map(draw_phantom, jobs, chunksize=50), "phantom", len(jobs),
+                             unit="image", disable=quiet))
+        (draft / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         try:
             draft.rename(out)
         except OSError:
-            if not (out / "manifest.jsonl").exists():
+            if not (out / "manifest.jsonl").exists():          # else another run was first
                 raise
     return out
 
 
-# ---- converters: reading the sources in place ----------------------------------------------------
+# ---- converters: steps they share ----------------------------------------------------------------
 
 @contextlib.contextmanager
 def reading(path):
@@ -753,14 +775,11 @@ def reading(path):
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
             csv.Error, zlib.error, struct.error, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{path}: cannot be read to its end ({reason}); is the path right and the "
-                         "download complete?")
+        raise InputError(f"{path}: cannot be read ({reason}); is the download complete?")
 
 
 def csv_rows(path, *columns, ragged=False):
-    """Yield the rows of a table as dicts: of a .csv, a .gz or a zip of one .csv.
-
-    ragged: rows may be short; the values that they lack are None."""
+    """Yield the rows of a .csv, a .gz or a zip of one .csv as dicts; ragged: rows may be short."""
     csv.field_size_limit(1 << 30)                              # CheXmask: a mask is one field
     with reading(path):
         if path.suffix == ".zip":
@@ -772,8 +791,7 @@ def csv_rows(path, *columns, ragged=False):
                 raise InputError(f"{path}: no column {missing[0]!r} in {', '.join(names)[:200]}")
             for row in tqdm(table, path.name, unit="row"):
                 if None in row.values() and not ragged:
-                    raise InputError(f"{path}:{table.line_num}: expected {len(names)} fields, got "
-                                     "fewer; is the download complete?")
+                    raise InputError(f"{path}:{table.line_num}: cut, expected {len(names)} fields")
                 yield row
 
 
@@ -812,8 +830,6 @@ def official_split(value, path):
     return split
 
 
-# ---- converters: steps they share ----------------------------------------------------------------
-
 def weighted_boxes_fusion(boxes, iou):
     """Merge boxes that overlap into their mean (Solovyev et al. 2021; scores 1, one source).
 
@@ -839,12 +855,13 @@ def shrink(job):
     job: (path, where to write, size or 0 to write nothing, units (w, h) of its boxes or None for
     the image's own size). -> those units or, as text, why there is no image."""
     source, target, size, scale = job
-    if scale and (target.exists() if size else source.is_file()):
+    done = target.exists() if size else source.is_file()
+    if done and scale:
         return scale
     try:
         with source.open("rb") as file, Image.open(file) as image:
             scale = scale or image.size
-            if not size or target.exists():
+            if done:
                 return scale
             factor = min(1, size / min(image.size))
             small = [max(1, round(factor * side)) for side in image.size]
@@ -859,16 +876,14 @@ def shrink(job):
 
 
 class Conversion:
-    """A run of a converter: the steps that all converters share, and their counts (the funnel).
+    """A run of a converter: the steps that all converters share, and their counts.
 
     funnel: {table: {reason: {split: n}}}, table one of images, pairs, boxes and out (what is left);
-    reason "in" is what came in, any other one says why something was dropped. lost: what the run
-    has to do without, in words."""
+    reason "in", or why something was dropped. lost: what the run has to do without, in words."""
 
     def __init__(self, args):
-        self.args, self.out, self.size = args, args.out, args.size
+        self.args, self.out, self.size, self.funnel, self.lost = args, args.out, args.size, {}, []
         self.iou = getattr(args, "wbf_iou", 1)                 # no boxes overlap by more than 1
-        self.funnel, self.lost = {}, []
         if self.size < 0 or args.workers < 1 or not 0 <= self.iou <= 1:
             raise InputError(f"--size {self.size}, --workers {args.workers}, --wbf-iou {self.iou}: "
                              "expected at least 0, at least 1, and from 0 to 1")
@@ -877,8 +892,7 @@ class Conversion:
         mine = notes.exists() and f'"command": "{args.command}"' in notes.read_text()
         for path in (self.out / "manifest.jsonl", notes, self.out / "LICENSES.csv"):
             if path.exists() and not mine:
-                raise InputError(f"{path}: exists and was not written by {args.command}; choose "
-                                 "another --out")
+                raise InputError(f"{path}: not written by {args.command}; choose another --out")
 
     def count(self, table, split, reason, n=1):
         by_split = self.funnel.setdefault(table, {}).setdefault(reason, dict.fromkeys(SPLITS, 0))
@@ -912,7 +926,7 @@ class Conversion:
                     continue
                 self.count("images", row["split"], result)
                 if result == "unreadable image":
-                    tqdm.write(f"unreadable image: {row['source']}")
+                    tqdm.write(f"{result}: {row['source']}")
         return kept
 
     def add_regions(self, row):
@@ -946,8 +960,8 @@ class Conversion:
         print(format_table([("", *SPLITS)] + [
             (f"{table} {reason}", *(f"{n:,}" for n in by_split.values()))
             for table, reasons in self.funnel.items() for reason, by_split in reasons.items()]))
-        for name, count in published.items():
-            print(f"published, {name}: {count}")
+        for name, n in published.items():
+            print(f"published, {name}: {n}")
         for loss in self.lost:
             print(f"missing: {loss}")
         if not rows:
@@ -961,20 +975,7 @@ class Conversion:
         print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
 
 
-def count_rows(rows, split):
-    """{what: how many} of a split's rows."""
-    rows = [row for row in rows if row["split"] == split]
-    boxed = [row for row in rows if row["regions"]]
-    pairs = [region for row in rows for region in row["regions"]]
-    return {"images": len(rows), "boxed images": len(boxed),
-            "studies": len({row["study"] for row in rows}),
-            "boxed studies": len({row["study"] for row in boxed}),
-            "patients": len({row["patient"] for row in rows}),
-            "reports": sum(bool(row["report"]) for row in rows),
-            "pairs": len(pairs), "boxes": sum(len(pair["boxes"]) for pair in pairs)}
-
-
-# ---- converters: MIMIC-CXR -----------------------------------------------------------------------
+# ---- converters: MIMIC-CXR, MS-CXR, PadChest-GR and (not in the paper) an open COVID-19 set ------
 
 METHODS, DICE = ("gpt4", "rule-based"), "Dice RCA (Mean)"
 RATINGS = {"A++": ("A_frontal", "App"), "A+": ("A_frontal", "Ap"), "A": ("A_frontal", None),
@@ -984,6 +985,12 @@ MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
                    "out images": "237,972 + 1,959 + 3,403 before the quality filter (LLaVA-Rad)",
                    "out studies": "2,432 of test (LoFi)", "out boxed studies": "169,441 (LoFi)",
                    "out pairs": "394,835 (LoFi)"}
+MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
+PADCHEST_PUBLISHED = {"images in": "4,555",
+                      "out boxed images": "2,404 of the pool, 604 of test (LoFi)",
+                      "out pairs": "4,979 of the pool, 2,404 of test (LoFi)"}
+LUNGS = {1: "Right lung.", 2: "Left lung."}    # by the category in covid-chestxray-dataset
+NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 
 
 def mimic_table(images, kind, *columns):
@@ -1003,35 +1010,8 @@ def mimic_row(images, path, where):
             "pairs": [], "report": "", "source": images / "files" / name}
 
 
-def mimic_rows(run, path, split, views, good):
-    """The rows of a file of LLaVA-Rad: frontal images of good quality with the text asked for."""
-    rows, method = [], run.args.method
-    with reading(path):
-        entries = json.loads(path.read_bytes())
-        if not any(entry.get("generate_method") == method for entry in entries):
-            method = "rule-based" if method == "gpt4" else "gpt4"
-            run.lost.append(f"{run.args.method} texts of {path.name}: its {method} texts are used")
-        for entry in tqdm(entries, path.name, unit="item"):
-            row = mimic_row(run.args.images, entry.get("image"), path)
-            # Findings and impression (Sec. 3.0.1); either may be missing.
-            texts = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
-            texts = [one_line(text) for text in (*texts, entry.get("impression"))]
-            # Boxes are in pixels of the originals. Their sizes are read from the table, as the
-            # images may be copies that were shrunk before.
-            view, width, height = views.get(row["dicom"], ("", 1, 1))
-            row |= {"split": split, "report": " ".join(filter(None, texts)),
-                    "scale": (float(width), float(height))}
-            if run.admit("images", split, "other method" if entry.get("generate_method") != method
-                         else "view" if view not in ("PA", "AP")
-                         else "quality" if good is not None and row["dicom"] not in good
-                         else "no text" if not row["report"] else None):
-                rows.append(row)
-    return rows
-
-
 def find_questions(root, rating):
-    """MIMIC-Ext-CXR-QBA -> {file name: path} of the studies' questions, and {study: ids of those
-    rated well}, or None if all are."""
+    """MIMIC-Ext-CXR-QBA -> {name: path} of studies' questions, {study: ids rated well} or None."""
     export, table = RATINGS[rating]
     folder, rated = root / "exports" / export, defaultdict(set)
     files = files_below(find(folder, "qa*", "--qba expects MIMIC-Ext-CXR-QBA's root"), ".qa.json")
@@ -1043,43 +1023,37 @@ def find_questions(root, rating):
     return files, rated
 
 
-def study_pairs(run, row, questions, rated):
-    """The text-box pairs that the questions on a study give for an image of it.
+def add_pairs(run, rows, files, rated):
+    """Give rows the text-box pairs that the questions on their studies have for their images.
 
     Which answers give a pair, apart from their rating, is not stated in the paper: here the
     top-level, positive ones that are drawn from the report, each text once per image."""
-    pairs = {}
-    for question in questions:
-        for answer in question.get("answers") or []:
-            if row["dicom"] not in (answer.get("localization") or {}):
-                continue
-            place = answer["localization"][row["dicom"]] or {}
-            phrase, boxes = one_line(answer.get("text")), place.get("bboxes")
-            reason = ("rating" if rated is not None and question.get("question_id") not in rated
-                      else "not positive" if answer.get("positiveness", "pos") != "pos"
-                      else "not in report" if not answer.get("from_report", True)
-                      else "fallback box" if place.get("is_fallback")
-                      else "repeated text" if phrase in pairs
-                      else "no text" if not phrase
-                      else "no box" if not boxes else None)
-            if reason:
-                run.admit("pairs", row["split"], reason)
-            else:                                              # add_regions counts these
-                pairs[phrase] = boxes
-    return list(pairs.items())
-
-
-def add_pairs(run, rows, files, rated):
-    """Give rows the text-box pairs of their studies."""
     missing = set()
     for row in tqdm(rows, "boxes", unit="image"):
-        study = row["study"]
+        study, dicom, pairs = row["study"], row["dicom"], {}
         if not (file := files.get(f"{study}.qa.json")):
             missing.add(study)
             continue
         with reading(file):
             questions = json.loads(file.read_bytes()).get("questions") or []
-            row["pairs"] = study_pairs(run, row, questions, rated and rated[study])
+            for question, answer in ((q, a) for q in questions for a in q.get("answers") or []):
+                if dicom not in (places := answer.get("localization") or {}):
+                    continue
+                place, phrase = places[dicom] or {}, one_line(answer.get("text"))
+                boxes = place.get("bboxes")
+                reason = ("rating" if rated is not None
+                          and question.get("question_id") not in rated[study]
+                          else "not positive" if answer.get("positiveness", "pos") != "pos"
+                          else "not in report" if not answer.get("from_report", True)
+                          else "fallback box" if place.get("is_fallback")
+                          else "repeated text" if phrase in pairs
+                          else "no text" if not phrase
+                          else "no box" if not boxes else None)
+                if reason:
+                    run.admit("pairs", row["split"], reason)
+                else:                                          # add_regions counts these
+                    pairs[phrase] = boxes
+        row["pairs"] = list(pairs.items())
     if missing:
         run.lost.append(f"pairs of {len(missing):,} studies that have no questions")
 
@@ -1087,9 +1061,8 @@ def add_pairs(run, rows, files, rated):
 def prepare_mimic_cxr(args):
     """MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA -> a manifest (Sec. 3.0.1)."""
     run, rows, good = Conversion(args), [], None
-    texts = {split: find(args.llava_rad, f"**/chat_{name}_*.json", "--llava-rad expects the folder "
-                         "of LLaVA-Rad's annotations")
-             for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))}
+    paths = [find(args.llava_rad, f"**/chat_{name}_*.json", "--llava-rad expects LLaVA-Rad's root")
+             for name in ("train", "dev", "test")]
     views = mimic_table(args.images, "metadata", "ViewPosition", "Columns", "Rows")
     if args.qba:
         files, rated = find_questions(args.qba, args.rating)
@@ -1101,50 +1074,32 @@ def prepare_mimic_cxr(args):
                     if float(row[DICE] or 0) >= 0.7}
     else:
         run.lost.append("the quality filter of images (no --chexmask)")
-    for split, path in texts.items():
-        rows += mimic_rows(run, path, split, views, good)
+    for split, path in zip(SPLITS, paths):
+        with reading(path):
+            entries, method = json.loads(path.read_bytes()), args.method
+            if not any(entry.get("generate_method") == method for entry in entries):
+                method = "rule-based" if method == "gpt4" else "gpt4"
+                run.lost.append(f"{args.method} texts of {path.name}: its {method} texts are used")
+            for entry in tqdm(entries, path.name, unit="item"):
+                row = mimic_row(args.images, entry.get("image"), path)
+                # Findings and impression (Sec. 3.0.1); either may be missing.
+                texts = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
+                texts = [one_line(text) for text in (*texts, entry.get("impression"))]
+                # Boxes are in pixels of the originals. Their sizes are read from the table, as the
+                # images may be copies that were shrunk before.
+                view, width, height = views.get(row["dicom"], ("", 1, 1))
+                row |= {"split": split, "report": " ".join(filter(None, texts)),
+                        "scale": (float(width), float(height))}
+                if run.admit("images", split,
+                             "other method" if entry.get("generate_method") != method
+                             else "view" if view not in ("PA", "AP")
+                             else "quality" if good is not None and row["dicom"] not in good
+                             else "no text" if not row["report"] else None):
+                    rows.append(row)
     rows = run.prepare_images(rows)
     if args.qba:
         add_pairs(run, rows, files, rated)
     run.finish(rows, MIMIC_PUBLISHED)
-
-
-# ---- converters: PadChest-GR and MS-CXR ----------------------------------------------------------
-
-PADCHEST_PUBLISHED = {"images in": "4,555", "out boxed images": "2,404 of the pool, 604 of test "
-                      "(LoFi)", "out pairs": "4,979 of the pool, 2,404 of test (LoFi)"}
-MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
-
-
-def prepare_padchest_gr(args):
-    """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs."""
-    run, splits, rows = Conversion(args), {}, []
-    images = files_below(args.images, ".png")
-    if not args.size and not args.images.is_dir():
-        raise InputError(f"{args.images}: --size 0 cannot keep originals inside a zip; unzip it "
-                         "and give the folder, or give a --size")
-    if not args.table:
-        run.lost.append("splits and patients, all rows are of train (no --table)")
-    for row in csv_rows(args.table, "ImageID", "split", "PatientID") if args.table else []:
-        split = official_split(row["split"], args.table)
-        # The paper's pool is train and validation.
-        pooled = "train" if split == "val" and not args.official_val else split
-        splits[row["ImageID"]] = pooled, row["PatientID"]
-    with reading(args.reports):
-        for entry in json.loads(args.reports.read_bytes()):
-            image = str(entry.get("ImageID"))
-            study = str(entry.get("StudyID") or image)
-            split, patient = splits.get(image, ("train", study))
-            pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or [])
-                     for f in entry.get("findings") or []]
-            sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
-            if run.admit("images", split, "not in table" if splits and image not in splits else
-                         "no text" if not sentences else
-                         "no image" if image not in images else None):
-                rows.append({"study": study, "patient": patient or study, "split": split,
-                             "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
-                             "name": f"{Path(image).stem}.jpg", "source": images[image]})
-    run.finish(run.prepare_images(rows), PADCHEST_PUBLISHED)
 
 
 def prepare_ms_cxr(args):
@@ -1168,15 +1123,40 @@ def prepare_ms_cxr(args):
     run.finish(run.prepare_images(rows.values()), MS_CXR_PUBLISHED)
 
 
-# ---- converters: the open COVID-19 image data collection (not in the paper) ----------------------
+def prepare_padchest_gr(args):
+    """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs."""
+    run, splits, rows = Conversion(args), {}, []
+    images = files_below(args.images, ".png")
+    if not args.size and not args.images.is_dir():
+        raise InputError(f"{args.images}: --size 0 cannot keep images inside a zip; unzip it first")
+    if not args.table:
+        run.lost.append("splits and patients, all rows are of train (no --table)")
+    for row in csv_rows(args.table, "ImageID", "split", "PatientID") if args.table else []:
+        split = official_split(row["split"], args.table)
+        if split == "val" and not args.official_val:
+            split = "train"                                    # both are the paper's pool
+        splits[row["ImageID"]] = split, row["PatientID"]
+    with reading(args.reports):
+        for entry in json.loads(args.reports.read_bytes()):
+            image = str(entry.get("ImageID"))
+            study = str(entry.get("StudyID") or image)
+            split, patient = splits.get(image, ("train", study))
+            pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or [])
+                     for f in entry.get("findings") or []]
+            sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
+            if run.admit("images", split, "not in table" if splits and image not in splits else
+                         "no text" if not sentences else
+                         "no image" if image not in images else None):
+                rows.append({"study": study, "patient": patient or study, "split": split,
+                             "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
+                             "name": f"{Path(image).stem}.jpg", "source": images[image]})
+    run.finish(run.prepare_images(rows), PADCHEST_PUBLISHED)
 
-LUNGS = {1: "Right lung.", 2: "Left lung."}                    # by the annotations' category
-NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 
-
-def lung_boxes(path):
-    """Annotations of lungs -> {image: (pairs, (w, h))}, pairs of a name of the lung and its box."""
-    found, lungs = defaultdict(list), {}
+def prepare_covid_cxr(args):
+    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
+    run, rows, found, lungs = Conversion(args), [], defaultdict(list), {}
+    path = args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json"
     with reading(path):
         coco = json.loads(path.read_bytes())
         for note in coco["annotations"]:
@@ -1184,19 +1164,11 @@ def lung_boxes(path):
                 x, y, w, h = note["bbox"]
                 found[note["image_id"]].append(([x, y, x + w, y + h], note.get("category_id")))
         for image in coco["images"]:
-            boxes = found[image["id"]]
-            if len(boxes) == 2:                                # the right lung is further left
-                boxes = zip(sorted(box for box, _ in boxes), LUNGS)
-            pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
-            if pairs:
+            if boxes := found[image["id"]]:
+                if len(boxes) == 2:                            # the right lung is further left
+                    boxes = zip(sorted(box for box, _ in boxes), LUNGS)
+                pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
                 lungs[image["file_name"]] = pairs, (image["width"], image["height"])
-    return lungs
-
-
-def prepare_covid_cxr(args):
-    """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
-    run, rows = Conversion(args), []
-    lungs = lung_boxes(args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json")
     for line in csv_rows(args.repo / "metadata.csv", "filename", "view", "license", ragged=True):
         # early releases have other capitals and spaces, and fewer columns
         line = defaultdict(str, {str(key).strip().lower(): one_line(value)
@@ -1222,71 +1194,6 @@ def prepare_covid_cxr(args):
     write_file(args.out / "LICENSES.csv", lambda draft: draft.write_bytes(text.getvalue().encode()))
 
 
-# ---- check ---------------------------------------------------------------------------------------
-
-def manifest_notes(rows):
-    """Warnings about valid but suspicious rows of a manifest, one line each; reads no image."""
-    regions = [region for row in rows for region in row.get("regions") or []]
-    boxes = [box for region in regions for box in region["boxes"]]
-    patients = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
-    counts = {"rows repeated word for word": len(rows) - len({hash(str(row)) for row in rows}),
-              "rows whose image another row has": len(rows) - len({r["image"] for r in rows}),
-              "rows with neither report nor regions":
-                  sum(not (row.get("report") or row.get("regions")) for row in rows),
-              "boxes of almost no area, dropped when read":
-                  len(boxes) - len(drop_degenerate(boxes))}
-    notes = [f"{words}: {n:,}" for words, n in counts.items() if n]
-    for things, known in ((rows, (*ROW_KEYS, "path")), (regions, ("phrase", "boxes"))):
-        for key, n in Counter(key for thing in things for key in thing if key not in known).items():
-            meant = "".join(f"; is {k!r} meant?" for k in difflib.get_close_matches(key, known, 1))
-            notes.append(f"unknown key {key!r}, not read: {n:,}{meant}")
-    notes += [f"no rows of split {split!r}" for split in ("val", "test") if not patients[split]]
-    for first, second in itertools.combinations(SPLITS, 2):
-        if shared := patients[first] & patients[second]:
-            notes.append(f"patients both in {first} and in {second}, so scores mislead: "
-                         f"{len(shared):,}, such as {min(shared)!r}")
-    return notes
-
-
-def check(data, png):
-    """Read every row and image of a data set, print every problem, the counts and what is odd, and
-    draw eight rows with their boxes. Returns the number of problems."""
-    path, rows, n_flat, pictures = manifest_path(data), [], 0, set()
-    scanned = list(scan_manifest(data))
-    if not scanned:
-        raise InputError(f"{path}: no rows")
-    check_output(png, [path] + [path.parent / row["image"] for _, row, bad in scanned if not bad])
-    for number, row, problem in tqdm(scanned, "check", unit="row"):
-        try:
-            if problem:
-                raise InputError(problem)
-            image = load_image(path.parent / row["image"], 64)
-        except InputError as error:
-            tqdm.write(f"{path}:{number}: {error}")
-            continue
-        rows.append({**row, "report": row.get("report"), "regions": row.get("regions") or []})
-        low, high = image.getextrema()
-        n_flat += low == high
-        pictures.add(hash(image.tobytes()))
-    print(format_table([("", *count_rows([], ""))] + [
-        (split, *(f"{n:,}" for n in count_rows(rows, split).values())) for split in SPLITS]))
-    looks = {"images of a single grey value": n_flat,
-             "images that look the same as another row's": len(rows) - len(pictures)}
-    for note in [f"{words}: {n:,}" for words, n in looks.items() if n] + manifest_notes(rows):
-        print(f"note: {note}")
-    boxed = [row for row in rows if row["regions"]] or rows
-    images = []
-    for row in boxed[::max(1, len(boxed) // 8)][:8]:           # from all over the set
-        images.append(load_image(path.parent / row["image"], 320).convert("RGB"))
-        draw_boxes(images[-1], row["regions"])
-    if images:
-        write_file(png, lambda draft: tile(images, 4).save(draft, "PNG"))
-        print(f"drew {png}: check that the boxes are where the phrases say")
-    n_problems = len(scanned) - len(rows)
-    print(f"{n_problems} problems in {len(scanned)} rows")
-    return n_problems
-
-
 # ---- command line --------------------------------------------------------------------------------
 
 CONVERTERS = {"mimic-cxr": prepare_mimic_cxr, "padchest-gr": prepare_padchest_gr,
@@ -1294,19 +1201,18 @@ CONVERTERS = {"mimic-cxr": prepare_mimic_cxr, "padchest-gr": prepare_padchest_gr
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Make and check data sets of manifest.jsonl rows (see the top of data.py).")
+    parser = argparse.ArgumentParser(description="Make and check data sets; see top of data.py.")
     commands = parser.add_subparsers(dest="command", required=True)
+    path = {"required": True, "type": Path}
 
     def command(name, words):
         return commands.add_parser(name, help=words, description=words).add_argument
 
     def converter(name, words):
         add = command(name, words + " -> a manifest")
-        add("--out", required=True, type=Path,
-            help="folder of the manifest, counts and images; run again to continue a stopped run")
-        add("--size", type=int, default=512, help="short side of the JPEGs in pixels, none is "
-            "enlarged (default: 512, Sec. 2.0.4); 0 keeps the originals in place")
+        add("--out", **path, help="folder to write; run again to continue a stopped run")
+        add("--size", type=int, default=512,
+            help="short side of the JPEGs; 0: originals in place (default: 512, Sec. 2.0.4)")
         add("--workers", type=int, default=min(8, os.cpu_count()),
             help="threads that shrink images (default: the CPUs, at most 8)")
         return add
@@ -1318,33 +1224,31 @@ def parse_args():
     add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
 
     add = converter("mimic-cxr", "MIMIC-CXR-JPG, LLaVA-Rad's texts, MIMIC-Ext-CXR-QBA's boxes")
-    add("--images", required=True, type=Path, help="root of MIMIC-CXR-JPG")
-    add("--llava-rad", required=True, type=Path, help="folder of LLaVA-Rad's chat_*.json")
+    add("--images", **path, help="root of MIMIC-CXR-JPG")
+    add("--llava-rad", **path, help="folder of LLaVA-Rad's chat_*.json")
     add("--qba", type=Path, help="root of MIMIC-Ext-CXR-QBA (default: none, so no boxes)")
-    add("--chexmask", type=Path, help="CheXmask's MIMIC-CXR-JPG.csv, or .gz, to drop images below "
-        "0.7 in Dice RCA (Mean) (default: none, so all are kept)")
-    add("--method", choices=METHODS, default="gpt4", help="which texts of LLaVA-Rad; a file "
-        "without them gives its others (default: gpt4, an LLM's, Sec. 3.0.1)")
+    add("--chexmask", type=Path,
+        help="CheXmask's MIMIC-CXR-JPG.csv: drop images below 0.7 in Dice RCA (default: none)")
+    add("--method", choices=METHODS, default="gpt4",
+        help="which texts of LLaVA-Rad; a file without them gives its others (default: gpt4)")
     add("--rating", choices=RATINGS, default="A++",
         help="lowest rating of a text-box pair's question (default: A++, Sec. 3.0.1)")
-    add("--wbf-iou", type=float, default=0.1, help="fuse boxes of a sentence that overlap by more "
-        "(default: 0.1, not stated in the paper)")
+    add("--wbf-iou", type=float, default=0.1,
+        help="fuse boxes of a sentence above this IoU (default: 0.1, not stated in the paper)")
 
     add = converter("padchest-gr", "PadChest-GR: images, sentences and boxes")
-    add("--images", required=True, type=Path, help="folder or zip of the 16-bit PNGs")
-    add("--reports", required=True, type=Path, help="grounded_reports_*.json")
-    add("--table", type=Path, help="master_table.csv, or .csv.zip: splits and patients (default: "
-        "none, so all rows are of train)")
-    add("--official-val", action="store_true", help="keep the validation split as val (default: "
-        "it is part of train, as in the paper's pool, Sec. 3.0.1)")
+    add("--images", **path, help="folder or zip of the 16-bit PNGs")
+    add("--reports", **path, help="grounded_reports_*.json")
+    add("--table", type=Path, help="master_table.csv, or .zip (default: none, all rows are train)")
+    add("--official-val", action="store_true",
+        help="validation is val (default: it is train, as in the paper's pool, Sec. 3.0.1)")
 
     add = converter("ms-cxr", "MS-CXR: phrases and boxes on images of MIMIC-CXR-JPG")
-    add("--images", required=True, type=Path, help="root of MIMIC-CXR-JPG")
-    add("--table", required=True, type=Path,
-        help="MS_CXR_Local_Alignment_v*.csv; a row without a split has MIMIC-CXR's")
+    add("--images", **path, help="root of MIMIC-CXR-JPG")
+    add("--table", **path, help="MS_CXR_Local_Alignment_v*.csv; without splits, MIMIC-CXR's")
 
     add = converter("covid-cxr", "the open COVID-19 image data collection: notes and lung boxes")
-    add("--repo", required=True, type=Path, help="clone of ieee8023/covid-chestxray-dataset")
+    add("--repo", **path, help="clone of ieee8023/covid-chestxray-dataset")
 
     add = command("check", "read every row and image, count, draw eight rows with boxes")
     add("data", help="folder with manifest.jsonl, or that file")
@@ -1355,7 +1259,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.command == "check":
-        sys.exit(1 if check(args.data, args.png) else 0)
+        sys.exit(bool(check(args.data, args.png)))
     if args.command in CONVERTERS:
         return CONVERTERS[args.command](args)
     if os.path.lexists(args.out):
