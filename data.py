@@ -36,7 +36,6 @@ import multiprocessing
 import os
 import re
 import signal
-import struct
 import sys
 import tempfile
 import textwrap
@@ -51,8 +50,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
-from metrics import (InputError, box_iou, box_problem, check_output, drop_degenerate, first_line,
-                     format_table, write_file, write_json)
+from metrics import (DAMAGED, InputError, box_iou, box_problem, check_output, drop_degenerate,
+                     first_line, format_table, run_command, write_file, write_json)
 
 # torch and transformers, which take seconds to import, are imported only in the few functions that
 # use them; the commands of this file do not.
@@ -772,8 +771,7 @@ def reading(path):
         yield
     except InputError:
         raise
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-            csv.Error, zlib.error, struct.error, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be read ({reason}); is the download complete?")
 
@@ -1272,9 +1270,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"data.py: {first_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("data.py: stopped; a converter continues where it was")
+    run_command(main, interrupted="stopped; a converter continues where it was")

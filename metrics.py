@@ -103,7 +103,8 @@ def check_output(path, inputs):
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")
     if path.exists() and any(Path(file).exists() and path.samefile(file) for file in inputs):
-        raise InputError(f"{path}: is an input and would be overwritten; choose another output")
+        raise InputError(f"{path}: is an input of this command and would be overwritten; choose "
+                         "another output path")
 
 
 def lock(path):
