@@ -483,8 +483,8 @@ class LoFi(Encoder):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
         weights, place = Path(folder, "model.safetensors"), Path(folder, "tokenizer")
         if not (config := read_config(folder)):
-            raise InputError(f"{folder}: not a run folder of train.py: config.json is missing or "
-                             "damaged; `python train.py` makes runs/phantom")
+            raise InputError(f"{folder}: not a run folder of this train.py: config.json is missing, "
+                             "damaged or of another version; python train.py makes runs/phantom")
         state = read_weights(weights)
         for name, tensor in state.items():
             if not tensor.isfinite().all():
