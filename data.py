@@ -255,9 +255,6 @@ def augment(image, regions, size, strength, rng):
 
 # ---- tokens, samples and batches -----------------------------------------------------------------
 
-PROMPT_TOKENS = 256                     # of a prompt, which is a phrase or some boxes
-
-
 @functools.lru_cache(maxsize=100_000)
 def plain_ids(tokenizer, text):
     """Token ids of a text, nothing added; "<eos>" written in a report stays plain text."""
@@ -273,6 +270,18 @@ def text_ids(tokenizer, texts, length):
         tokens = plain_ids(tokenizer, text.lower())[:length - 1] + [tokenizer.eos_token_id]
         row[:len(tokens)] = torch.tensor(tokens)
     return ids
+
+
+say_once = functools.cache(print)               # the same line only once per process
+
+
+def cut_text(tokenizer, text, length=256):
+    """Cut a prompt's text to its first `length` tokens; the first time, say so on stderr."""
+    if len(text.encode()) <= length or len(plain_ids(tokenizer, text)) <= length:
+        return text                                            # so most texts need no tokenizing
+    say_once(f"note: a prompt of over {length} tokens is cut to its first {length}",
+             file=sys.stderr)
+    return tokenizer.decode(plain_ids(tokenizer, text)[:length])
 
 
 def prompt_ids(tokenizer, prompt):
@@ -361,23 +370,11 @@ class Collate:
 
 
 # ==================================================================================================
-# The method ends here. Below: checks of the manifest, pictures, the phantom, converters, commands.
+# The method ends here. Below: pictures, checks of the manifest, the phantom, converters, commands.
 # ==================================================================================================
 
 
-# ---- shared by the scripts: long prompts, a tokenizer, pictures, work in parallel ----------------
-
-say_once = functools.cache(print)               # the same line only once per process
-
-
-def cut_text(tokenizer, text, length=PROMPT_TOKENS):
-    """Cut a text to its first `length` tokens; the first time, say so on stderr."""
-    if len(text.encode()) <= length or len(plain_ids(tokenizer, text)) <= length:
-        return text                                            # so most texts need no tokenizing
-    note = f"note: a prompt of over {length} tokens is cut to its first {length}"
-    say_once(note, file=sys.stderr)
-    return tokenizer.decode(plain_ids(tokenizer, text)[:length])
-
+# ---- shared by the scripts: a tokenizer, pictures, work in parallel -------------------------------
 
 def learn_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer learned from texts, for towers trained from scratch."""
@@ -986,7 +983,8 @@ MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
 MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
 PADCHEST_PUBLISHED = {"images in": "4,555",
                       "out boxed images": "2,404 of the pool, 604 of test (LoFi)",
-                      "out pairs": "4,979 of the pool, 2,404 of test (LoFi)"}
+                      "out pairs": "4,979 of the pool (LoFi)",
+                      "out boxes": "1,521 of test (inferred from LoFi's Tables 2 to 4)"}
 LUNGS = {1: "Right lung.", 2: "Left lung."}    # by the category in covid-chestxray-dataset
 NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 

@@ -10,7 +10,7 @@ The pool images most similar to the query image, by the cosine of E_I, become de
 of image, phrase and boxes before the query. For one image you will see JSON on stdout and an
 overlay PNG, predictions solid, ground truth dashed; for a set, the columns of Table 2 next to the
 phrase prior. LoFi is never taught that a finding is absent, so it predicts boxes for almost any
-phrase; an answer's score, the geometric mean probability of its tokens, is a hint, not a test.
+phrase; an answer's score, the geometric mean probability of its tokens, is not calibrated.
 
 K demonstrations  n phrases of an image  H LLM width
 boxes: (x0, y0, x1, y1), fractions of width and height; box_yxyx_1000: MedGemma's own format
@@ -67,7 +67,7 @@ def parse_args():
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="type of the LVLM's weights; auto: bf16, on a CPU fp32 (default: auto)")
-    add("--plain", action="store_true", help="one generate per phrase: the same answers, slower")
+    add("--plain", action="store_true", help="one generate per phrase: slower, the same answers")
     add("--batch-size", type=int, default=16, metavar="N",
         help="phrases of an image decoded at once (default: %(default)s)")
     add("--feature-cache-gb", type=float, default=8, metavar="GB", help="CPU memory for image "
@@ -187,8 +187,8 @@ def image_shape(path):
 
 
 def square_of(size):
-    """(width, height) -> side of the square, and (left, top, left, top) of the image in it, in
-    pixels: what moves a box (x0, y0, x1, y1)."""
+    """(width, height) -> side of the square, and the offset (left, top, left, top) of a box in it,
+    in pixels."""
     side = max(size)
     return side, [(side - n) // 2 for n in size] * 2
 
@@ -301,7 +301,7 @@ def find_demonstrations(encoder, queries, query_emb, source, pool, k):
 # ---- b = LVLM(I, s | C) (Sec. 2.0.2): a Gemma 3, greedy -----------------------------------------
 
 class InContext:
-    """A grounder: b = LVLM(I, s | C), by `plain` or by `fast`, which give the same replies.
+    """A grounder: b = LVLM(I, s | C), by `plain` or by `fast`, the same replies up to rounding.
 
     blind: the images are left out, as for a text model. feature_cache_gb: CPU memory for the
     features of pool images, so that an image passes the vision tower once while they are kept."""
@@ -383,7 +383,7 @@ class InContext:
         mask = place >= torch.tensor(shifts, device=ids.device)[:, None]           # (n, length)
         cache = DynamicCache(config=self.model.config.get_text_config())
         for i, layer in enumerate(prefix.layers):              # (1, heads, start, width) each
-            # what roll() carries round to the front lies under the padding, which is masked
+            # what roll() wraps around to the front lies under the padding, which is masked
             keys, values = (torch.cat([x.roll(n, dims=2) for n in shifts])
                             for x in (layer.keys, layer.values))
             cache.update(keys, values, i)                      # sliding layers keep their window
@@ -432,22 +432,9 @@ class InContext:
         return predictions
 
 
-def load_lvlm(source, device, args):
-    """A Gemma 3 id or folder -> InContext. Raises InputError."""
-    in_fp32 = args.precision == "fp32" or args.precision == "auto" and device.type == "cpu"
-    other = "lofi" if read_config(args.checkpoint) else "nearest"
-    hint = f"without it: python icl_ground.py {shlex.join([*sys.argv[1:], '--lvlm', other])}"
-    is_text = load_pretrained(AutoConfig, source, hint).model_type == "gemma3_text"
-    processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, source, hint)
-    cls = Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration
-    model = load_pretrained(cls, source, hint, attn_implementation="sdpa",
-                            dtype=torch.float32 if in_fp32 else torch.bfloat16)
-    return InContext(model.to(device).eval(), processor, args.order, args.blind, args.plain,
-                     args.max_new_tokens, args.batch_size, args.feature_cache_gb)
-
-
 # ---- other grounders ----------------------------------------------------------------------------
-# A grounder is a function: rows of the manifest, the triplets of each -> rows of predictions.
+# A grounder is a function: rows of the manifest, the triplets of each -> rows of the predictions
+# file.
 
 def prediction(row, region, boxes, malformed, raw, **more):
     """A row of the predictions file."""
@@ -510,6 +497,26 @@ def prior_answers(prior, rows, found=None):
             for row in rows for region in row["regions"]]
 
 
+def load_grounder(lvlm, args, device, training):
+    """--lvlm -> a grounder; None for nearest, whose encoder is loaded later. Raises InputError."""
+    if lvlm == "lofi":
+        return functools.partial(lofi_answers, LoFi.from_pretrained(args.checkpoint, device))
+    if lvlm == "prior":
+        return functools.partial(prior_answers, metrics.phrase_prior(training))
+    if lvlm == "nearest":
+        return None
+    in_fp32 = args.precision == "fp32" or args.precision == "auto" and device.type == "cpu"
+    other = "lofi" if read_config(args.checkpoint) else "nearest"
+    hint = f"without it: python icl_ground.py {shlex.join([*sys.argv[1:], '--lvlm', other])}"
+    is_text = load_pretrained(AutoConfig, lvlm, hint).model_type == "gemma3_text"
+    processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, lvlm, hint)
+    model = load_pretrained(Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration, lvlm,
+                            hint, attn_implementation="sdpa",
+                            dtype=torch.float32 if in_fp32 else torch.bfloat16)
+    return InContext(model.to(device).eval(), processor, args.order, args.blind, args.plain,
+                     args.max_new_tokens, args.batch_size, args.feature_cache_gb)
+
+
 # ---- the picture of an answer -------------------------------------------------------------------
 
 TURQUOISE = "#35e0c8"                                      # ground truth
@@ -562,13 +569,16 @@ def count_answered(out, rows, settings):
 
     A half-written last line is dropped. The settings are kept in a file next to it. Raises
     InputError if the answers have other settings, or are not those of the set's first phrases."""
-    kept, now = out.with_suffix(".settings.json"), json.dumps(settings, indent=2)
-    before = kept.read_text(errors="replace") if out.stat().st_size and kept.exists() else now
-    old, new = ({line.strip(" ,") for line in text.splitlines()} for text in (before, now))
-    if old != new:
-        raise InputError(f"{out}: was made with {', '.join(sorted(old - new))}, now "
-                         f"{', '.join(sorted(new - old))}; use the same flags, or choose another "
-                         "--out")
+    kept, before = out.with_suffix(".settings.json"), settings
+    if out.stat().st_size and kept.exists():
+        try:
+            before = dict(json.loads(kept.read_text()))
+        except (ValueError, TypeError):                        # damaged
+            before = {}
+    if differ := [key for key in settings if settings[key] != before.get(key)]:
+        was, now = ({key: of.get(key) for key in differ} for of in (before, settings))
+        raise InputError(f"{out}: was made with {was}, now {now}; use the same flags, or choose "
+                         "another --out")
     metrics.write_json(kept, settings)
     os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
     answers = metrics.read_predictions(out) if out.stat().st_size else []
@@ -667,8 +677,8 @@ def default_lvlm(args):
 
 
 def query_row(image, phrase, rows):
-    """A manifest row that asks one phrase of an image, with the boxes that the manifest's rows have
-    for it. An image that they do not have gets no patient."""
+    """A manifest row that queries one phrase of an image, with the boxes that it has in the rows of
+    the manifest. An image that is not among them gets no patient."""
     row = data.find_row(rows, image) or {"patient": None, "regions": []}
     truth = [box for region in row["regions"] if region["phrase"] == phrase
              for box in region["boxes"]]
@@ -756,12 +766,8 @@ def main(args=None):
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
     title, settings = Path(lvlm).name, {"lvlm": lvlm, "split": args.split, "order": args.order}
-    if lvlm == "lofi":
-        ground = functools.partial(lofi_answers, LoFi.from_pretrained(args.checkpoint, device))
-    elif lvlm == "prior":
-        ground = functools.partial(prior_answers, metrics.phrase_prior(training))
-    elif lvlm != "nearest":                                    # nearest needs its encoder, below
-        ground = load_lvlm(lvlm, device, args)
+    ground = load_grounder(lvlm, args, device, training)
+    if isinstance(ground, InContext):
         title += " (blind)" if ground.blind else ""
         settings |= {"blind": ground.blind, "dtype": str(ground.model.dtype),
                      "max_new_tokens": args.max_new_tokens}

@@ -56,7 +56,7 @@ def first_line(error):
 
 
 def run_command(main, *args, interrupted="interrupted"):
-    """Run a script's main; an error that a user can mend ends it with one line, exit status 1."""
+    """Run a script's main; an error that a user can fix ends it with one line, exit status 1."""
     name = Path(sys.argv[0]).name
     try:
         main(*args)

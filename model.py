@@ -36,8 +36,8 @@ def parse_args():
     words = "print JSON: an image's report, the boxes of phrases, or the sentence of a box"
     ask = commands.add_parser(
         "ask", help=words, description=words, epilog="A score is the geometric mean probability of "
-        "an answer's tokens, a hint, not a test: LoFi is never taught that a finding is absent, so "
-        "it answers almost any phrase with boxes.")
+        "an answer's tokens and is not calibrated: LoFi is never taught that a finding is absent, "
+        "so it answers almost any phrase with boxes.")
     ask.add_argument("run", help="run folder of train.py")
     ask.add_argument("image", help="a chest X-ray of any mode and size")
     add = ask.add_mutually_exclusive_group().add_argument
@@ -106,7 +106,7 @@ class Config:
     lam: float = 5.0                # lambda of the total loss                          (Sec. 2.0.1)
     lr: float = 3e-4                # initial, then cosine annealing                    (Sec. 2.0.4)
     epochs: int | None = 10         #                                                   (Sec. 2.0.4)
-    steps: int | None = None        # whichever of steps and epochs ends first
+    steps: int | None = None        # if both are given, whichever ends first
     batch_size: int = 16            #                                                   (Sec. 2.0.4)
     muon_lr: float = 0.0            # rate of Muon for hidden matrices, as a share of lr; 0: AdamW
     text_lr: float = 1.0            # rate of the text tower, as a share of the others'
@@ -133,7 +133,7 @@ class Config:
 PAPER = Config()
 TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, muon_lr=7.5, text_lr=0.3, scale_lr=10, warmup=0.02, weight_decay=0.05,
+    lr=1.2e-3, muon_lr=7.5, text_lr=0.3, scale_lr=10, weight_decay=0.05,
     steps=1400, epochs=None, batch_size=36, n_regions=3, max_target=34,
     answer_tokens=64, augment=0.65, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
@@ -312,7 +312,7 @@ class Encoder(nn.Module):
     def heat_map(self, image, phrases):
         """An image and n phrases -> (n, g, g): cosine of each phrase with each patch.
 
-        The encoder's pooling head is shown one patch at a time. Not in the paper."""
+        The encoder's pooling head is applied to one patch at a time. Not in the paper."""
         patches = self.encode_image(image, with_patches=True)[1][0]                # (P, D_v)
         patch_emb = F.normalize(self.siglip.vision_model.head(patches[:, None]).float(), dim=-1)
         side = round(len(patches) ** 0.5)
@@ -322,7 +322,7 @@ class Encoder(nn.Module):
 # ---- LoFi ---------------------------------------------------------------------------------------
 
 class LoFi(Encoder):
-    """E_I, E_T, the attention pooling and the LLM. One forward path serves training and use."""
+    """E_I, E_T, the attention pooling and the LLM, the same for training and use."""
 
     def __init__(self, config, siglip, llm, text_tokenizer, llm_tokenizer):
         super().__init__(add_lora(siglip, config.lora_rank, config.lora_alpha, ENCODER_LORA),
@@ -483,7 +483,7 @@ class LoFi(Encoder):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
         weights, place = Path(folder, "model.safetensors"), Path(folder, "tokenizer")
         if not (config := read_config(folder)):
-            raise InputError(f"{folder}: not a run folder of this train.py: config.json is missing, "
+            raise InputError(f"{folder}: not a run folder of this code: config.json is missing, "
                              "damaged or of another version; python train.py makes runs/phantom")
         state = read_weights(weights)
         for name, tensor in state.items():
@@ -518,7 +518,7 @@ def check_checkpoint(source):
 
 
 def read_config(folder):
-    """config.json of a run folder -> Config; None if it is missing, damaged or not of a run."""
+    """config.json of a run folder -> Config; None if there is none, or another model's."""
     try:
         return Config(**json.loads(Path(folder, "config.json").read_text()))
     except (OSError, TypeError, ValueError):
@@ -566,7 +566,7 @@ def hub_is_reachable():
             urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
         return not is_offline_mode()
     except (OSError, ValueError) as error:                     # no network, or a bad address
-        return isinstance(error, urllib.error.HTTPError)       # an answer, if not a kind one
+        return isinstance(error, urllib.error.HTTPError)       # any response will do
 
 
 def load_pretrained(cls, source, hint="", **options):

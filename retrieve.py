@@ -14,7 +14,6 @@ Q queries  N images or texts of the pool  D shared width
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 DEFAULT_RUN, DEFAULT_DATA = "runs/phantom", "runs/phantom_data"    # what train.py makes

@@ -47,7 +47,7 @@ def parse_args():
         "(Eq. 2), g grounding (Eq. 3), d dense captioning; Table 4: g (default: scgd)")
     add("--lambda", dest="lam", type=float, metavar="X", help="weight of L_tau (preset; paper: 5)")
     add("--epochs", type=int, metavar="N", help="passes over the data (preset; paper: 10)")
-    add("--steps", type=int, metavar="N", help="optimizer steps, if they end before the epochs")
+    add("--steps", type=int, metavar="N", help="optimizer steps, instead of epochs (preset)")
     add("--batch-size", type=int, metavar="B", help="images per batch and process (preset; "
         "paper: 16; at most the training split)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step, whose gradients "
@@ -95,7 +95,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -126,10 +125,90 @@ LOSSES = ("loss", "sigmoid", "captioning", "grounding", "dense_captioning")     
 MAX_SKIPPED = 5                         # skipped steps in a row that end the run
 
 
+# ---- data and model -----------------------------------------------------------------------------
+
+def phantom_folder(dry_run, rank):
+    """The folder of the phantom, drawn on first use; a dry run draws a small one and removes it."""
+    if dry_run:
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return data.make_phantom(Path(folder, "phantom"), {"train": 64, "test": 8})
+    folder = Path("runs/phantom_data")
+    if rank == 0 and not folder.exists():
+        data.make_phantom(folder)
+    from_all(rank)                                             # the other processes wait
+    return folder
+
+
+def read_rows(path, objectives):
+    """A manifest -> {split: rows}, and the training rows that the objectives can use.
+
+    Prints warnings about it. Raises InputError if there is no row to train on."""
+    rows = data.read_manifest(path)
+    for note in data.manifest_notes(rows):
+        say(f"note: {note}")
+    split = {name: [row for row in rows if row["split"] == name] for name in data.SPLITS}
+    usable = [row for row in split["train"]
+              if data.possible_tasks(row["report"], row["regions"], objectives)
+              or "s" in objectives and (row["report"] or row["regions"])]
+    if not usable:
+        raise InputError(f"{path}: no row with split 'train' has what --objectives {objectives} "
+                         "needs, a report or boxes")
+    if n := len(split["train"]) - len(usable):
+        say(f"left out {n} training images: no text or box for --objectives {objectives}")
+    return split, usable
+
+
+def find_config(args, start):
+    """The config of the preset, or of the run to start from, changed by the flags."""
+    preset = args.preset or ("paper" if args.data else "tiny")
+    names = ["lam", "batch_size", "lr", "augment"]             # flags that change it
+    if start:
+        config = start
+        if args.preset not in (None, start.preset):
+            raise InputError(f"--preset {preset}: the run to start from has preset {start.preset}")
+    else:
+        config = PHANTOM if preset == "tiny" and not args.data else PRESETS[preset]
+        if args.random_init:
+            config = dataclasses.replace(config, encoder=None, llm=None)
+        names += ["encoder", "llm"]
+    changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.steps or args.epochs:
+        changed |= {"steps": args.steps, "epochs": args.epochs}
+    return dataclasses.replace(config, **changed)
+
+
+def build_model(args, source, rows, world):
+    """Build a model, or load the run to start from -> (model, batch size over all processes)."""
+    model = LoFi.from_pretrained(source) if source else None
+    config = find_config(args, model and model.config)
+    if len(rows) < max(world, 2 * ("s" in args.objectives)):
+        raise InputError(f"{len(rows)} training images for {world} processes; expected one each, "
+                         "two for the sigmoid loss")
+    batch_size = min(config.batch_size * world, len(rows))     # of all processes
+    if batch_size < config.batch_size * world:
+        say(f"steps of {batch_size} images: the training split has no more")
+    if model:
+        model.config = config
+    else:
+        model = LoFi.build(config, data.tokenizer_texts(rows), batch_size)
+    if args.compile:
+        for layer in (*model.siglip.vision_model.encoder.layers,
+                      *model.siglip.text_model.encoder.layers, *model.llm.get_decoder().layers):
+            layer.compile()
+    if args.grad_checkpoint:
+        for part in (model.siglip, model.llm):
+            part.gradient_checkpointing_enable({"use_reentrant": False})
+    say(f"trains {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        + (", LoRA and new layers" if config.lora_rank else ""))
+    return model, batch_size
+
+
 # ---- schedule, precision, optimizer -------------------------------------------------------------
 
 def learning_rate(step, steps, config):
-    """Linear warm-up, then cosine annealing to 0 (Sec. 2.0.4); step counts from 0."""
+    """Cosine annealing to 0 (Sec. 2.0.4), below a linear warm-up; step counts from 0."""
     warmup = max(1, round(config.warmup * steps))
     return config.lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
@@ -188,12 +267,15 @@ def build_optimizers(model, config):
     for name, p in model.named_parameters():
         if p.requires_grad:
             hidden = p.ndim == 2 and not re.search("embedding|embed_tokens|queries", name)
-            groups, rate = (muon, config.muon_lr) if hidden and config.muon_lr else (adamw, 1.0)
-            rate *= (config.scale_lr if "logit_" in name else
-                     config.text_lr if "text_model" in name else 1.0)       # of learning_rate()
+            groups = muon if hidden and config.muon_lr else adamw
+            rate = config.muon_lr if groups is muon else 1.0   # as a fraction of learning_rate()
+            if "logit_" in name:
+                rate *= config.scale_lr
+            elif "text_model" in name:
+                rate *= config.text_lr
             decay = config.weight_decay if p.ndim >= 2 else 0.0
-            groups.setdefault((rate, decay), {"params": [], "rate": rate, "weight_decay": decay})
-            groups[rate, decay]["params"].append(p)
+            group = {"params": [], "rate": rate, "weight_decay": decay}
+            groups.setdefault((rate, decay), group)["params"].append(p)
     optimizers = [torch.optim.AdamW([*adamw.values()], lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
                                     fused=True)]
     return optimizers + ([Muon([*muon.values()], lr=config.lr)] if muon else [])
@@ -202,7 +284,8 @@ def build_optimizers(model, config):
 # ---- batches ------------------------------------------------------------------------------------
 
 def batches_per_epoch(n_rows, batch_size, objectives, world=1):
-    """A short last batch counts if each process gets an image and Eq. 1 a negative pair."""
+    """The number of batches. A short last one counts if each process gets an image and Eq. 1 a
+    negative pair."""
     least = max(world, 2 if "s" in objectives and batch_size > 1 else 1)
     return n_rows // batch_size + (n_rows % batch_size >= least)
 
@@ -307,16 +390,15 @@ class Guard:
         return all(from_all(len(batch["image"]) > 0))
 
     def may_step(self, step, losses, norm, scaler, paths):
-        """Whether losses and gradient are finite (a gradient scaler checks the gradient itself).
-
-        Raises InputError after MAX_SKIPPED steps in a row that were not."""
-        if torch.stack(losses)[:, 0].isfinite().all() and (scaler.is_enabled() or norm.isfinite()):
+        """Whether losses and gradient are finite. Raises InputError after MAX_SKIPPED steps in a
+        row that were not; four times as many in fp16, where the scaler first finds its scale."""
+        if torch.stack(losses)[:, 0].isfinite().all() and norm.isfinite():
             self.in_a_row = 0
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == MAX_SKIPPED:
-            raise InputError(f"step {step + 1}: no finite loss or gradient in {MAX_SKIPPED} steps; "
-                             "lower --lr, or look at this step's images: " + " ".join(paths))
+        if self.in_a_row == MAX_SKIPPED * (4 if scaler.is_enabled() else 1):
+            raise InputError(f"step {step + 1}: no finite loss or gradient in {self.in_a_row} "
+                             "steps; lower --lr, or look at this step's images: " + " ".join(paths))
         return False
 
     def end(self, steps):
@@ -418,17 +500,17 @@ def load_trainer(path, model, optimizers, scaler, settings):
 
 # ---- the losses while it trains -----------------------------------------------------------------
 
-def for_log(loss, l_s, l_c, l_g, l_d, task):
-    """The losses of a batch in the order of LOSSES -> (5,).
+def mean_per_task(loss, l_s, l_c, l_g, l_d, task):
+    """The losses of a batch for the log, in the order of LOSSES -> (5,).
 
     Unlike in L_t, where L_c, L_g and L_d are divided by all rows, each is here the mean over the
     rows that drew its task, NaN if none did."""
-    share = [(task == tau).float().mean() for tau in range(len(TASKS))]
-    return torch.stack([loss, l_s, l_c / share[0], l_g / share[1], l_d / share[2]]).detach()
+    c, g, d = [(task == tau).float().mean() for tau in range(len(TASKS))]      # fractions of rows
+    return torch.stack([loss, l_s, l_c / c, l_g / g, l_d / d]).detach()
 
 
 def log_values(losses, objectives):
-    """Losses of batches, each of for_log -> {name: their mean, or None if it was not drawn}."""
+    """Results of mean_per_task -> {name: their mean, or None if the task was not drawn}."""
     mean = torch.stack(losses).nanmean(0).tolist() if losses else [math.nan] * len(LOSSES)
     values = {name: round(v, 6) if math.isfinite(v) else None for name, v in zip(LOSSES, mean)}
     return values if "s" in objectives else {**values, "sigmoid": None}
@@ -454,7 +536,7 @@ def validate(model, rows, objectives, batch_size):
     l_c, l_g, l_d = (loss(nll, task) for loss in
                      (captioning_loss, grounding_loss, dense_captioning_loss))
     loss = total_loss(l_s, l_c, l_g, l_d, model.config.lam)
-    return log_values([for_log(loss, l_s, l_c, l_g, l_d, task)], objectives)
+    return log_values([mean_per_task(loss, l_s, l_c, l_g, l_d, task)], objectives)
 
 
 def draw_curves(log, w=420, h=300):
@@ -562,86 +644,6 @@ def finish_run(out, model, split, settings, began):
     print(f"  python model.py export {out} {out}_siglip")
 
 
-# ---- data and model -----------------------------------------------------------------------------
-
-def phantom_folder(dry_run, rank):
-    """The folder of the phantom, drawn on first use; a dry run draws a small one and removes it."""
-    if dry_run:
-        folder = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return data.make_phantom(Path(folder, "phantom"), {"train": 64, "test": 8})
-    folder = Path("runs/phantom_data")
-    if rank == 0 and not folder.exists():
-        data.make_phantom(folder)
-    from_all(rank)                                             # the other processes wait
-    return folder
-
-
-def read_rows(path, objectives):
-    """A manifest -> {split: rows}, and the training rows that the objectives can use.
-
-    Prints warnings about it. Raises InputError if there is no row to train on."""
-    rows = data.read_manifest(path)
-    for note in data.manifest_notes(rows):
-        say(f"note: {note}")
-    split = {name: [row for row in rows if row["split"] == name] for name in data.SPLITS}
-    usable = [row for row in split["train"]
-              if data.possible_tasks(row["report"], row["regions"], objectives)
-              or "s" in objectives and (row["report"] or row["regions"])]
-    if not usable:
-        raise InputError(f"{path}: no row with split 'train' has what --objectives {objectives} "
-                         "needs, a report or boxes")
-    if n := len(split["train"]) - len(usable):
-        say(f"left out {n} training images: no text or box for --objectives {objectives}")
-    return split, usable
-
-
-def find_config(args, start):
-    """The config of the preset, or of the run to start from, changed by the flags."""
-    preset = args.preset or ("paper" if args.data else "tiny")
-    names = ["lam", "batch_size", "lr", "augment"]             # flags that change it
-    if start:
-        config = start
-        if args.preset not in (None, start.preset):
-            raise InputError(f"--preset {preset}: the run to start from has preset {start.preset}")
-    else:
-        config = PHANTOM if preset == "tiny" and not args.data else PRESETS[preset]
-        if args.random_init:
-            config = dataclasses.replace(config, encoder=None, llm=None)
-        names += ["encoder", "llm"]
-    changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.steps or args.epochs:
-        changed |= {"steps": args.steps, "epochs": args.epochs}
-    return dataclasses.replace(config, **changed)
-
-
-def build_model(args, source, rows, world):
-    """Build a model, or load the run to start from -> (model, batch size over all processes)."""
-    model = LoFi.from_pretrained(source) if source else None
-    config = find_config(args, model and model.config)
-    if len(rows) < max(world, 2 * ("s" in args.objectives)):
-        raise InputError(f"{len(rows)} training images for {world} processes; expected one each, "
-                         "two for the sigmoid loss")
-    batch_size = min(config.batch_size * world, len(rows))     # of all processes
-    if batch_size < config.batch_size * world:
-        say(f"steps of {batch_size} images: the training split has no more")
-    if model:
-        model.config = config
-    else:
-        model = LoFi.build(config, data.tokenizer_texts(rows), batch_size)
-    if args.compile:
-        for layer in (*model.siglip.vision_model.encoder.layers,
-                      *model.siglip.text_model.encoder.layers, *model.llm.get_decoder().layers):
-            layer.compile()
-    if args.grad_checkpoint:
-        for part in (model.siglip, model.llm):
-            part.gradient_checkpointing_enable({"use_reentrant": False})
-    say(f"trains {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        + (", LoRA and new layers" if config.lora_rank else ""))
-    return model, batch_size
-
-
 # ---- the run ------------------------------------------------------------------------------------
 
 def main(args=None):
@@ -717,11 +719,11 @@ def main(args=None):
             l_d = dense_captioning_loss(nll, task)                                 # after Eq. 3
             loss = total_loss(l_s, l_c, l_g, l_d, config.lam)                      # L_t
             scaler.scale(loss / args.accumulate).backward()
-            losses.append(for_log(loss, l_s, l_c, l_g, l_d, task))
+            losses.append(mean_per_task(loss, l_s, l_c, l_g, l_d, task))
             paths += batch["paths"]
         average_gradients(trainable)
         lr = learning_rate(step, steps, config)
-        if losses:
+        if losses:                                             # else no image could be read
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * lr
@@ -757,8 +759,9 @@ def main(args=None):
 
     guard.end(steps - first)
     if args.dry_run:
-        step = f"one step has loss {values['loss']}" if values else "no step is left"
-        say(f"dry run: every row of the data is well formed, {step}, nothing written")
+        loss = values.get("loss") or "none: no step is left, or no image could be read"
+        say(f"dry run: every row of the data is well formed; loss of one step: {loss}; nothing "
+            "written")
     if dist.is_initialized():                                  # the first process evaluates alone
         dist.destroy_process_group()
     if writes:

@@ -597,7 +597,7 @@ def test_a_set_goes_on_where_it_was_stopped(call, phantom, run_dir):
               for row in rows for region in row["regions"]]
     assert scores["prior"] == metrics.grounding_metrics(expected)
     assert whole.splitlines()[-1].endswith("Next: python metrics.py p.jsonl")
-    with pytest.raises(InputError, match='was made with "k": 4, now "k": 3;'):
+    with pytest.raises(InputError, match="was made with {'k': 4}, now {'k': 3};"):
         call(*args, "--k", 3)
 
 
@@ -607,7 +607,7 @@ def test_a_set_is_not_continued_in_another_precision(call, phantom, run_dir, lvl
             run_dir, "--device", "cpu", "--out", "p.jsonl", "--precision")
     call(*args, "fp32")
     assert "phrases are already answered" in call(*args, "auto")[0]
-    with pytest.raises(InputError, match='float32", now "dtype": "torch.bfloat16"'):
+    with pytest.raises(InputError, match="float32'}, now {'dtype': 'torch.bfloat16'}"):
         call(*args, "bf16")
 
 
