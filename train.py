@@ -390,15 +390,16 @@ class Guard:
         return all(from_all(len(batch["image"]) > 0))
 
     def may_step(self, step, losses, norm, scaler, paths):
-        """Whether losses and gradient are finite. Raises InputError after MAX_SKIPPED steps in a
-        row that were not; four times as many in fp16, where the scaler first finds its scale."""
-        if torch.stack(losses)[:, 0].isfinite().all() and norm.isfinite():
+        """Whether losses and gradient are finite, or the scaler of fp16 only has to lower its scale.
+        Raises InputError after MAX_SKIPPED steps in a row that were not."""
+        scales = scaler.is_enabled() and not norm.isfinite() and scaler.get_scale() > 1
+        if torch.stack(losses)[:, 0].isfinite().all() and (norm.isfinite() or scales):
             self.in_a_row = 0
-            return True
+            return True                                        # scaler.step() skips it if it scales
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == MAX_SKIPPED * (4 if scaler.is_enabled() else 1):
-            raise InputError(f"step {step + 1}: no finite loss or gradient in {self.in_a_row} "
-                             "steps; lower --lr, or look at this step's images: " + " ".join(paths))
+        if self.in_a_row == MAX_SKIPPED:
+            raise InputError(f"step {step + 1}: no finite loss or gradient in {MAX_SKIPPED} steps; "
+                             "lower --lr, or look at this step's images: " + " ".join(paths))
         return False
 
     def end(self, steps):

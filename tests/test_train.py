@@ -247,6 +247,17 @@ def test_a_loss_that_is_not_finite_skips_the_step(odd, tmp_path, monkeypatch):
         main(monkeypatch, *flags, "--steps", 9, "--out", tmp_path / "l")
 
 
+def test_fp16_ends_when_its_scale_cannot_be_lowered(odd, tmp_path, monkeypatch):
+    """Guards: gradients that are never finite, skipped by the scaler until the end without a word;
+    the steps in which it lowers its scale from 2 ** 16 taken for a diverging run."""
+    flags = ["--data", odd, *FAST, "--workers", 0, "--precision", "fp16", "--out"]
+    assert "skipped" not in main(monkeypatch, *flags, tmp_path / "h", "--steps", 3)
+    whole = train.total_loss
+    monkeypatch.setattr(train, "total_loss", lambda *losses: 1e9 * whole(*losses))
+    with pytest.raises(InputError, match="step 21: no finite loss or gradient in 5 steps"):
+        main(monkeypatch, *flags, tmp_path / "i", "--steps", 30)
+
+
 @pytest.mark.parametrize("broken, steps", [({3, 4}, 4), ({1, 2, 4, 5}, 6)])
 def test_a_diverged_run_is_not_saved_or_scored(odd, tmp_path, monkeypatch, broken, steps):
     """Guards: a model that learned nothing, scored with exit code 0; weights of a diverging run
