@@ -293,15 +293,14 @@ class ChestXrays:
     """Training samples of manifest rows: a map-style dataset for torch.utils.data.DataLoader.
 
     Indexed by (epoch, i), which alone fixes the random draws. A sample: {"image": (size, size)
-    uint8, "path": str, "text": str, "tasks": [(task, prompt, target), ...]}, or, if skip_bad is
-    set, {"bad": message} for an unreadable image. objectives: letters of "scgd"; n_regions: at
-    most, per image and step; augmented: strength; cached: keep decoded images in memory."""
+    uint8, "path": str, "text": str, "tasks": [(task, prompt, target), ...]}, or {"bad": message}
+    for an unreadable image. objectives: letters of "scgd"; n_regions: at most, per image and step;
+    augmented: strength; cached: keep decoded images in memory."""
 
     def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
-                 skip_bad=False, seed=0):
+                 seed=0):
         self.rows, self.size, self.objectives, self.n_regions = rows, size, objectives, n_regions
-        self.augmented, self.cached, self.cache = augmented, cached, {}
-        self.skip_bad, self.seed = skip_bad, seed
+        self.augmented, self.cached, self.cache, self.seed = augmented, cached, {}, seed
 
     def __len__(self):
         return len(self.rows)
@@ -313,8 +312,6 @@ class ChestXrays:
         try:                                                   # twice the size, if it is cropped
             image = image or load_image(row["path"], self.size * (2 if self.augmented else 1))
         except InputError as error:
-            if not self.skip_bad:
-                raise
             return {"bad": str(error)}
         if self.cached:
             self.cache[i] = image
@@ -374,7 +371,7 @@ class Collate:
 # ==================================================================================================
 
 
-# ---- shared by the scripts: a tokenizer, pictures, work in parallel -------------------------------
+# ---- shared by the scripts: a tokenizer, pictures, work in parallel ------------------------------
 
 def learn_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer learned from texts, for towers trained from scratch."""
@@ -595,7 +592,7 @@ class Canvas:
         self.pixels = np.full((n, n), 14, np.float32)
 
     def position(self):
-        """The sentence on the body's width and the place of its middle, by thirds of the range."""
+        """The sentence on the body's width and the position of its middle, by thirds."""
         def third(value, low, high, *words):
             return words[min(2, int(3 * (value - low) / (high - low)))]
         x, y = self.centre - .5

@@ -371,16 +371,17 @@ class InContext:
     def decode(self, prefix, start, prompts, features):
         """Continue the cache of a prefix of `start` tokens with n prompts -> n lists of ids.
 
-        A batch predicts from the last place, so shorter prompts are padded on the left. The sliding
-        window counts places in the cache, so the prefix must directly precede the rest of its
-        prompt: its copy for a row moves right by the row's padding. The prefix's last tokens, as
-        many as there are padding tokens, no longer fit before `start` and are computed again."""
+        A batch predicts from the last position, so shorter prompts are padded on the left. The
+        sliding window counts positions in the cache, so the prefix must directly precede the rest
+        of its prompt: its copy for a row moves right by the row's padding. The prefix's last
+        tokens, as many as there are padding tokens, no longer fit before `start` and are computed
+        again."""
         pad, length = self.tokenizer.pad_token_id, max(map(len, prompts))
         shifts = [length - len(prompt) for prompt in prompts]
         ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(shifts, prompts)],
                            device=self.model.device)                               # (n, length)
-        place = torch.arange(length, device=ids.device)
-        mask = place >= torch.tensor(shifts, device=ids.device)[:, None]           # (n, length)
+        position = torch.arange(length, device=ids.device)
+        mask = position >= torch.tensor(shifts, device=ids.device)[:, None]        # (n, length)
         cache = DynamicCache(config=self.model.config.get_text_config())
         for i, layer in enumerate(prefix.layers):              # (1, heads, start, width) each
             # what roll() wraps around to the front lies under the padding, which is masked

@@ -171,9 +171,9 @@ class AttentionPooling(nn.Module):
 
     def __init__(self, width, heads, n_patches, n_queries, llm_width):
         super().__init__()
-        self.register_buffer("place", grid_code(round(n_patches ** 0.5), width, heads),
+        self.register_buffer("position", grid_code(round(n_patches ** 0.5), width, heads),
                              persistent=False)                                     # (P, D_v)
-        # V = 64: all places of an 8 x 8 grid; other V: evenly spaced ones of the next larger grid
+        # V = 64: an 8 x 8 grid; other V: evenly spaced positions of the next larger grid
         code = grid_code(math.ceil(n_queries ** 0.5), width, heads)
         chosen = torch.linspace(0, len(code) - 1, n_queries).round().long()
         self.queries = nn.Parameter(2 * code[chosen])     # 2: sharper attention    (V, D_v)
@@ -187,7 +187,8 @@ class AttentionPooling(nn.Module):
     def forward(self, patches):
         patches = self.norm_patches(patches)                                       # (B, P, D_v)
         queries = self.queries.expand(len(patches), -1, -1)                        # (B, V, D_v)
-        pooled, _ = self.attention(queries, patches + 2 * self.place, patches, need_weights=False)
+        keys = patches + 2 * self.position                                         # (B, P, D_v)
+        pooled, _ = self.attention(queries, keys, patches, need_weights=False)
         return self.projection(self.norm(pooled))                                  # (B, V, H)
 
 
@@ -209,9 +210,9 @@ def build_encoder(config, batch_size=None):
         siglip.logit_scale.fill_(math.log(10))                 # t' as SigLIP starts it
         # b = -log(B), as one pair of B is positive; SigLIP's -10 is for B = 32,768
         siglip.logit_bias.fill_(-math.log(batch_size or config.batch_size))
-        place = siglip.vision_model.embeddings.position_embedding.weight
-        place.copy_(grid_code(round(len(place) ** 0.5), place.shape[1],
-                              config.vision["num_attention_heads"]))
+        position = siglip.vision_model.embeddings.position_embedding.weight
+        position.copy_(grid_code(round(len(position) ** 0.5), position.shape[1],
+                                 config.vision["num_attention_heads"]))
         # SigLIP pools the text at its last position, often padding. Larger token embeddings and
         # smaller position embeddings make the first output about the mean of the words.
         words = siglip.text_model.embeddings
@@ -481,7 +482,7 @@ class LoFi(Encoder):
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
-        weights, place = Path(folder, "model.safetensors"), Path(folder, "tokenizer")
+        weights, tokenizer = Path(folder, "model.safetensors"), Path(folder, "tokenizer")
         if not (config := read_config(folder)):
             raise InputError(f"{folder}: not a run folder of this code: config.json is missing, "
                              "damaged or of another version; python train.py makes runs/phantom")
@@ -492,8 +493,8 @@ class LoFi(Encoder):
                                  "diverged or the file was edited; train again, or use a backup")
         try:
             model = cls(config, build_encoder(config), build_llm(config),
-                        load_pretrained(PreTrainedTokenizerFast, place / "text"),
-                        load_pretrained(PreTrainedTokenizerFast, place))
+                        load_pretrained(PreTrainedTokenizerFast, tokenizer / "text"),
+                        load_pretrained(PreTrainedTokenizerFast, tokenizer))
             if wrong := state.keys() ^ model.saved_state().keys():
                 raise ValueError(f"{min(wrong)} is missing or unknown")
             model.load_state_dict(state, strict=False)         # frozen weights are not in it

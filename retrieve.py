@@ -102,8 +102,8 @@ def text_embeddings(encoder, texts, batch_size=256):
     unique = list(dict.fromkeys(texts))
     emb = torch.cat([encoder.encode_text(unique[i:i + batch_size]).cpu()
                      for i in range(0, len(unique), batch_size)])
-    place = {text: i for i, text in enumerate(unique)}
-    return emb[[place[text] for text in texts]]
+    position = {text: i for i, text in enumerate(unique)}
+    return emb[[position[text] for text in texts]]
 
 
 def cache_file(encoder, path, rows):

@@ -309,7 +309,7 @@ def load_batches(model, rows, objectives, seed, keys, augment=0.0, workers=0):
     augment: strength of augmentation. An unreadable image becomes a message in batch["bad"]."""
     config = model.config
     dataset = data.ChestXrays(rows, model.image_size, objectives, config.n_regions, augment,
-                              config.cache, skip_bad=True, seed=seed)
+                              config.cache, seed)
     collate = data.Collate(model.text_tokenizer if "s" in objectives else None,
                            model.text_length, model.llm_tokenizer, config.max_target)
     if workers is None:
@@ -390,7 +390,7 @@ class Guard:
         return all(from_all(len(batch["image"]) > 0))
 
     def may_step(self, step, losses, norm, scaler, paths):
-        """Whether losses and gradient are finite, or the scaler of fp16 only has to lower its scale.
+        """Whether losses and gradient are finite, or fp16's scaler only has to lower its scale.
         Raises InputError after MAX_SKIPPED steps in a row that were not."""
         scales = scaler.is_enabled() and not norm.isfinite() and scaler.get_scale() > 1
         if torch.stack(losses)[:, 0].isfinite().all() and (norm.isfinite() or scales):

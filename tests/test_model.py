@@ -182,7 +182,7 @@ def test_embeddings_are_of_unit_length_and_text_goes_in_as_text_or_ids(model):
 def test_queries_start_spatial(model):
     """Guards: queries that start blind; each must look most at the patches of its own quarter."""
     pool = model.pooling
-    score = pool.queries @ pool.place.T                        # 2 x 2 queries on 4 x 4 patches
+    score = pool.queries @ pool.position.T                      # 2 x 2 queries on 4 x 4 patches
     best = score.argmax(-1)
     quarter = (best // 4 // 2) * 2 + best % 4 // 2
     assert quarter.tolist() == [0, 1, 2, 3]
