@@ -269,7 +269,7 @@ class Encoder(nn.Module):
         """A run folder of train.py -> LoFi; a SigLIP-family id or folder -> Encoder, for baselines.
         Raises InputError."""
         check_checkpoint(source)
-        if Path(source, "tokenizer", "text").is_dir():         # as only a run has it
+        if read_config(source):
             return LoFi.from_pretrained(source, device)
         encoder = Encoder(load_pretrained(SiglipModel, source, dtype=torch.float32),
                           load_pretrained(PreTrainedTokenizerFast, source)).to(device).eval()
@@ -484,8 +484,8 @@ class LoFi(Encoder):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
         weights, tokenizer = Path(folder, "model.safetensors"), Path(folder, "tokenizer")
         if not (config := read_config(folder)):
-            raise InputError(f"{folder}: not a run folder of this code: config.json is missing, "
-                             "damaged or of another version; python train.py makes runs/phantom")
+            raise InputError(f"{folder}: not a run folder of train.py, or has no checkpoint yet; "
+                             "python train.py makes runs/phantom")
         state = read_weights(weights)
         for name, tensor in state.items():
             if not tensor.isfinite().all():
@@ -519,11 +519,14 @@ def check_checkpoint(source):
 
 
 def read_config(folder):
-    """config.json of a run folder -> Config; None if there is none, or another model's."""
+    """config.json of a run folder -> Config; None if the folder holds no run. Raises InputError."""
+    if not Path(folder, "tokenizer", "text").is_dir():         # as only a run has it
+        return None
     try:
         return Config(**json.loads(Path(folder, "config.json").read_text()))
     except (OSError, TypeError, ValueError):
-        return None
+        raise InputError(f"{folder}: config.json is missing, damaged or of another version of this "
+                         "code; train again, or use a backup")
 
 
 def checksum(state):

@@ -276,6 +276,10 @@ def test_damaged_and_foreign_checkpoints_are_refused(model, tmp_path):
     with pytest.raises(InputError, match="not a run folder"):
         LoFi.from_pretrained(tmp_path)
     config = (tmp_path / "run" / "config.json").read_text()
+    for damaged in ("{", "[]", '{"unknown": 1}'):
+        (tmp_path / "run" / "config.json").write_text(damaged)
+        with pytest.raises(InputError, match="config.json is missing, damaged or of another"):
+            Encoder.load(tmp_path / "run")
     for old, new, words in (('"n_queries": 4', '"n_queries": 9', "pooling.queries"),
                             ('"n_queries": 4', '"n_queries": "4"', "unsupported operand"),
                             ('"patch_size": 8', '"patch_size": 0', "zero"),
