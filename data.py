@@ -453,6 +453,8 @@ def scan_manifest(data):
                 if "\\u" in line:                              # reject lone surrogates
                     json.dumps(row, ensure_ascii=False).encode()
                 problem = row_problem(row, path.parent)
+            except OSError as error:                           # a name of 5,000 characters
+                problem = f"'image' cannot be looked up ({error.strerror})"
             except (ValueError, RecursionError) as error:
                 problem = f"expected one JSON object a line, in UTF-8: {first_line(error)}"
             yield number, row, problem
@@ -530,7 +532,8 @@ def check(data, png):
     scanned = list(scan_manifest(data))
     if not scanned:
         raise InputError(f"{path}: no rows")
-    check_output(png, [path] + [path.parent / row["image"] for _, row, bad in scanned if not bad])
+    images = [path.parent / row["image"] for _, row, problem in scanned if not problem]
+    check_output(png, ".png", [path, *images])
     for number, row, problem in tqdm(scanned, "check", unit="row"):
         try:
             if problem:
@@ -1258,8 +1261,9 @@ def main():
     if os.path.lexists(args.out):
         raise InputError(f"{args.out}: exists already; choose a new folder")
     sizes = {split: getattr(args, split) for split in SPLITS}
-    if min(sizes.values()) < 0 or not sizes["train"]:
-        raise InputError(f"sizes {sizes}: expected 1 training image or more, and 0 or more others")
+    if min(*sizes.values(), args.seed) < 0 or not sizes["train"]:
+        raise InputError(f"sizes {sizes}, --seed {args.seed}: expected 1 training image or more, "
+                         "and 0 or more for the others")
     make_phantom(args.out, sizes, args.seed)
     print(f"wrote {args.out}; next: python data.py check {args.out}")
 

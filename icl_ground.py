@@ -569,15 +569,20 @@ def count_answered(out, rows, settings):
     """Prepare a predictions file to continue -> how many of the set's phrases it answers.
 
     A half-written last line is dropped. The settings are kept in a file next to it. Raises
-    InputError if the answers have other settings, or are not those of the set's first phrases."""
+    InputError, before a file is changed, unless both files are of this command and these settings,
+    and if the answers are not those of the set's first phrases."""
     kept, before = out.with_suffix(".settings.json"), settings
-    if out.stat().st_size and kept.exists():
+    if kept.exists() or out.stat().st_size:
         try:
             before = dict(json.loads(kept.read_text()))
-        except (ValueError, TypeError):                        # damaged
+        except (OSError, ValueError, TypeError):
             before = {}
-    if differ := [key for key in settings if settings[key] != before.get(key)]:
-        was, now = ({key: of.get(key) for key in differ} for of in (before, settings))
+        if before.keys() != settings.keys():
+            raise InputError(f"{out}: cannot be continued: {kept} is missing, damaged or not of "
+                             "this command; choose another --out")
+    differ = [key for key in settings if settings[key] != before[key]]
+    if differ and out.stat().st_size:
+        was, now = ({key: of[key] for key in differ} for of in (before, settings))
         raise InputError(f"{out}: was made with {was}, now {now}; use the same flags, or choose "
                          "another --out")
     metrics.write_json(kept, settings)
@@ -762,8 +767,9 @@ def main(args=None):
         folder = data.manifest_path(source).resolve().parent.name
         out = Path(args.out or f"runs/{folder}_{args.split}_{Path(lvlm).name}"
                    f"{'_blind' * args.blind}.jsonl")
-    retrieve.check_outputs((out, args.json), [*filter(None, (args.image, source, pool))],
-                           manifest + pool_rows, [args.checkpoint, *encoders])
+    retrieve.check_outputs({".json": args.json, out.suffix: out},
+                           [*filter(None, (args.image, source, pool))], manifest + pool_rows,
+                           [args.checkpoint, *encoders])
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
     title, settings = Path(lvlm).name, {"lvlm": lvlm, "split": args.split, "order": args.order}

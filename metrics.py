@@ -65,6 +65,9 @@ def run_command(main, *args, interrupted="interrupted"):
     except KeyboardInterrupt:
         sys.exit(f"{name}: {interrupted}")
     except RuntimeError as error:           # a CPU out of memory raises a plain RuntimeError
+        if "DataLoader worker" in str(error):
+            sys.exit(f"{name}: {first_line(error)} If memory ran out, lower --workers or "
+                     "--batch-size; train.py --resume continues")
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         sys.exit(f"{name}: out of memory; lower --batch-size; train.py also has --accumulate and "
@@ -97,14 +100,17 @@ def write_json(path, value):
     write_file(path, lambda draft: draft.write_text(json.dumps(value, indent=2) + "\n"))
 
 
-def check_output(path, inputs):
-    """Raise InputError if an output path is one of the inputs, directly or through a link."""
+def check_output(path, suffix, inputs):
+    """Raise InputError if an output path is a folder, is one of the inputs, directly or through a
+    link, or has another suffix."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")
     if path.exists() and any(Path(file).exists() and path.samefile(file) for file in inputs):
         raise InputError(f"{path}: is an input of this command and would be overwritten; choose "
                          "another output path")
+    if path.suffix != suffix:
+        raise InputError(f"{path}: expected a {suffix} file to write")
 
 
 def lock(path):
@@ -400,7 +406,7 @@ def main():
     if args.bootstrap < 0:
         parser.error(f"--bootstrap: got {args.bootstrap}, expected a number of resamples, or 0")
     if args.json:
-        check_output(args.json, args.predictions)
+        check_output(args.json, ".json", args.predictions)
 
     stems = [path.stem for path in args.predictions]
     names = stems if len(set(stems)) == len(stems) else map(str, args.predictions)

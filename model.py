@@ -484,8 +484,8 @@ class LoFi(Encoder):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
         weights, tokenizer = Path(folder, "model.safetensors"), Path(folder, "tokenizer")
         if not (config := read_config(folder)):
-            raise InputError(f"{folder}: not a run folder of train.py, or has no checkpoint yet; "
-                             "python train.py makes runs/phantom")
+            raise InputError(f"{folder}: not a run folder of train.py; python train.py makes "
+                             "runs/phantom")
         state = read_weights(weights)
         for name, tensor in state.items():
             if not tensor.isfinite().all():
@@ -513,7 +513,8 @@ class LoFi(Encoder):
 def check_checkpoint(source):
     """Raise InputError if a run is missing, before it is looked for on the Hub."""
     path = Path(source)
-    if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir()):
+    if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir()) \
+            or path.is_dir() and not Path(path, "config.json").exists():
         raise InputError(f"{source}: no such checkpoint; python train.py makes runs/phantom, and "
                          "--checkpoint takes a run, or a SigLIP-family id or folder")
 
@@ -521,6 +522,8 @@ def check_checkpoint(source):
 def read_config(folder):
     """config.json of a run folder -> Config; None if the folder holds no run. Raises InputError."""
     if not Path(folder, "tokenizer", "text").is_dir():         # as only a run has it
+        if Path(folder, "log.jsonl").exists():
+            raise InputError(f"{folder}: train.py has not saved a checkpoint there yet")
         return None
     try:
         return Config(**json.loads(Path(folder, "config.json").read_text()))

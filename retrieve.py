@@ -56,8 +56,6 @@ def parse_args():
         parser.error("--text is empty, expected a sentence such as 'No pleural effusion.'")
     if not all(category.strip(" .") for category in args.categories or []):
         parser.error("--categories has an empty string, expected words such as 'pleural effusion'")
-    if args.json and Path(args.json).resolve() == Path(args.png).resolve():
-        parser.error("--json and --png name the same file")
     if len(args.checkpoint) > 1 and (args.image or args.text):
         parser.error(f"--checkpoint: got {len(args.checkpoint)}, expected one for a search")
     return args
@@ -293,13 +291,16 @@ def heat_map_sheet(encoder, rows, categories, most=4):
 # ---- checkpoint and data, and the command -------------------------------------------------------
 
 def check_outputs(outputs, inputs, rows, checkpoints):
-    """Raise InputError if an output (None for one that is not written) is a file that the command
-    reads: inputs are images and manifests or their folders, rows those of the manifests."""
+    """Raise InputError if an output is a file that the command reads, or of another kind.
+
+    outputs: {suffix: path, or None if none is written}. inputs: images, and manifests or their
+    folders. rows: those of the manifests."""
     inputs = [Path(path, "manifest.jsonl") if Path(path).is_dir() else path for path in inputs]
     inputs += [row["path"] for row in rows]
     inputs += [file for folder in checkpoints for file in Path(folder).rglob("*")]
-    for output in filter(None, outputs):
-        check_output(output, inputs)
+    for suffix, output in outputs.items():
+        if output:
+            check_output(output, suffix, inputs)
 
 
 def trained_on(checkpoint):
@@ -363,7 +364,7 @@ def main(args=None):
     elif not texts:
         raise InputError("no image of the split has a report, and Table 1 ranks reports; give "
                          "other --data or --split, or search with --image")
-    check_outputs((args.json, (searching or args.categories) and args.png),
+    check_outputs({".json": args.json, ".png": (searching or args.categories) and args.png},
                   [path, args.image or path], rows, args.checkpoint)
     rank, _ = join_processes()
 

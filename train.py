@@ -319,6 +319,7 @@ def load_batches(model, rows, objectives, seed, keys, augment=0.0, workers=0):
         dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=model.device.type == "cuda",
         generator=torch.Generator()))                          # does not draw from torch's own
+    atexit.register(kill_workers)
     # asynchronous copies; the images are converted from uint8 on the device
     return ({k: v.to(model.device, non_blocking=True) if isinstance(v, torch.Tensor) else v
              for k, v in batch.items()} for batch in loader)
@@ -328,6 +329,13 @@ def ignore_signals(_):
     """In a worker: the main process handles signals; it still needs this step's batch."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers():
+    """At the exit: multiprocessing would send workers a SIGTERM, which they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()
 
 
 # ---- several processes: each computes the losses of the global batch ----------------------------
@@ -430,7 +438,7 @@ def run_folder(args, path):
     files = {file.name for file in out.glob("*") if file.suffix != ".tmp"}     # drafts, if killed
     if args.resume and "log.jsonl" not in files:
         raise InputError(f"{out}: no run to resume, it has no log.jsonl; start without --resume")
-    is_run = {"log.jsonl", "config.json"} <= files <= RUN_FILES
+    is_run = {"log.jsonl"} <= files <= RUN_FILES
     is_here = out.resolve() in (Path.cwd(), *Path.cwd().parents)
     if not args.resume and (out.is_file() or files and (is_here or not is_run)):
         raise InputError(f"{out}: is a file, the working folder, or has files that are not of a "
@@ -441,22 +449,25 @@ def run_folder(args, path):
 
 
 def open_log(out, resume, step, config):
-    """Lock log.jsonl of the run folder -> the open file. Resumed, it is cut to the lines up to the
-    checkpoint; otherwise an older run in the folder is renamed to OUT.1, OUT.2, ..."""
+    """Lock log.jsonl of the run folder -> the open file. Resumed, it is cut to the whole lines up
+    to the checkpoint; otherwise an older run in the folder is renamed to OUT.1, OUT.2, ..."""
+    out.mkdir(parents=True, exist_ok=True)
+    is_new = not any(out.iterdir())
+    log = metrics.lock(out / "log.jsonl")                      # of two runs at once, one goes on
     if resume:
-        log = metrics.lock(out / "log.jsonl")
         for draft in out.glob(".*.tmp"):                       # of a run that was killed
             draft.unlink()
         lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)[:step]
-        log.truncate(sum(map(len, lines)))
+        log.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
         return log
-    if out.exists() and any(out.iterdir()):
+    if not is_new:
         older = next(p for n in count(1) if not (p := out.with_name(f"{out.name}.{n}")).exists())
         out.rename(older)
         say(f"renamed the older run {out} to {older}")
-    out.mkdir(parents=True, exist_ok=True)
+        out.mkdir()
+        log = metrics.lock(out / "log.jsonl")
     metrics.write_json(out / "config.json", dataclasses.asdict(config))
-    return metrics.lock(out / "log.jsonl")
+    return log
 
 
 def save_run(out, model, optimizers, scaler, step, settings):
@@ -647,6 +658,28 @@ def finish_run(out, model, split, settings, began):
 
 # ---- the run ------------------------------------------------------------------------------------
 
+def plan_run(args, config, path, n_rows, batch_size, world):
+    """What a resumed run must have in common with its first part -> settings: {name: value}."""
+    per_epoch = batches_per_epoch(n_rows, batch_size, args.objectives, world)
+    steps = config.steps or math.inf
+    if config.epochs:
+        steps = min(steps, math.ceil(config.epochs * per_epoch / args.accumulate))
+    manifest = hashlib.sha256(data.manifest_path(path).read_bytes()).hexdigest()
+    return {"data": str(Path(path).resolve()), "manifest": manifest, "objectives": args.objectives,
+            "lambda": config.lam, "lr": config.lr, "steps": steps, "batch-size": batch_size,
+            "batches an epoch": per_epoch, "accumulate": args.accumulate, "seed": args.seed,
+            "augment": config.augment}
+
+
+def clip_gradients(optimizers, scaler, parameters, lr, most):
+    """Set the optimizers' learning rates, unscale and clip the gradients -> their norm before."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * lr
+        scaler.unscale_(optimizer)
+    return torch.nn.utils.clip_grad_norm_(parameters, most)
+
+
 def main(args=None):
     began, args = time.time(), args or parse_args()
     check_args(args)
@@ -671,17 +704,10 @@ def main(args=None):
         split["val"] = split["test"] = []                      # frozen towers would stay random
 
     # schedule, optimizer, checkpoint
-    per_epoch = batches_per_epoch(len(rows), batch_size, args.objectives, world)
-    steps = config.steps or math.inf
-    if config.epochs:
-        steps = min(steps, math.ceil(config.epochs * per_epoch / args.accumulate))
+    settings = plan_run(args, config, path, len(rows), batch_size, world)
+    steps, per_epoch = settings["steps"], settings["batches an epoch"]
     optimizers = build_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    manifest = hashlib.sha256(data.manifest_path(path).read_bytes()).hexdigest()
-    settings = {"data": str(Path(path).resolve()), "manifest": manifest,
-                "objectives": args.objectives, "lambda": config.lam, "lr": config.lr,
-                "steps": steps, "batch-size": batch_size, "batches an epoch": per_epoch,
-                "accumulate": args.accumulate, "seed": args.seed, "augment": config.augment}
     first = load_trainer(checkpoint, model, optimizers, scaler, settings) if resumes else 0
 
     # batches
@@ -725,11 +751,7 @@ def main(args=None):
         average_gradients(trainable)
         lr = learning_rate(step, steps, config)
         if losses:                                             # else no image could be read
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["rate"] * lr
-                scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
+            norm = clip_gradients(optimizers, scaler, trainable, lr, config.clip)
             if guard.may_step(step, losses, norm, scaler, paths):
                 for optimizer in optimizers:
                     scaler.step(optimizer)

@@ -95,6 +95,7 @@ WRONG_BOXES = [([10, 20, 300, 400], "pixels"), ([0.5, 0.1, 0.2, 0.3], "corners a
                ([0, 0, 10 ** 400, 1], "pixels")]
 WRONG += [({"regions": [{"phrase": "x", "boxes": [box]}]}, words) for box, words in WRONG_BOXES]
 WRONG += [({"regions": [{"phrase": "", "boxes": []}]}, "phrase"),
+          ({"image": "a" * 5000}, "cannot be looked up"),
           ({"report": "half a pair: \ud83d"}, "surrogates")]
 
 

@@ -795,8 +795,24 @@ def test_a_file_of_another_process_or_of_other_queries_is_refused(call, phantom,
         call(*args_changed)
     for damaged in ("{", "[1]", "\0"):
         (tmp_path / "p.settings.json").write_text(damaged)
-        with pytest.raises(InputError, match="was made with"):
+        with pytest.raises(InputError, match="p.settings.json is missing, damaged or not"):
             call(*args)
+    (tmp_path / "p.settings.json").unlink()                    # whose answers are these?
+    with pytest.raises(InputError, match="p.settings.json is missing"):
+        call(*args)
+    assert (tmp_path / "p.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize("name, text", [
+    ("mine.jsonl", '{"my": "one line"}'), ("mine.jsonl", '{"a": 1}\n{"b": 2'),
+    ("mine.settings.json", '{"my": "settings"}')])
+def test_a_foreign_file_is_left_as_it_is(call, phantom, tmp_path, name, text):
+    """Guards against a file of the user's that is cut, filled or replaced, as --out or next to
+    it."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="mine.jsonl: cannot be continued"):
+        call("--data", phantom, "--lvlm", "prior", "--out", "mine.jsonl")
+    assert (tmp_path / name).read_text() == text
 
 
 def test_a_very_long_phrase_is_cut_and_said(lvlm, processor, pool, capsys):

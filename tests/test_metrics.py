@@ -444,7 +444,7 @@ def test_worst_and_best_phrases_are_ten_each():
 @pytest.mark.parametrize("arguments", [
     ("none.jsonl",), ("bad.jsonl",), ("good.jsonl", "cut.jsonl"),
     ("good.jsonl", "--json", "."), ("good.jsonl", "--json", "good.jsonl"),
-    ("good.jsonl", "--json", "link.json"), (".",)])
+    ("good.jsonl", "--json", "link.json"), (".",), ("good.jsonl", "--json", "cut.jsonl")])
 def test_user_mistakes_are_one_line(tmp_path, arguments):
     """Guards against tracebacks, exit status 0, half-written results and overwritten input."""
     write(tmp_path / "good.jsonl", [row()])

@@ -120,7 +120,7 @@ def breakages(folder):
     yield lambda: weights.write_bytes(weights.read_bytes()[:5000]), "cannot be loaded"
     yield weights.unlink, "no file named model.safetensors"
     yield lambda: config.write_text('{"model_type": "gemma3_text"}'), "is a gemma3_text model"
-    yield config.unlink, "cannot be loaded"
+    yield config.unlink, "no such checkpoint"
 
 
 def test_what_is_no_encoder_gets_one_line(encoder, tmp_path):
@@ -512,9 +512,11 @@ def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_pat
 
 @pytest.mark.parametrize("flags, words", [
     (("--checkpoint", "runs/phantom"), "no such checkpoint"),
+    (("--checkpoint", "test only"), "no such checkpoint"),
     (("--image", __file__), "cannot be read as an image"), (("--k", 13, "--text", "x"), "1 to 12"),
     (("--data", "nowhere"), "no such file"), (("--device", "tpu9"), "tpu9"),
-    (("--split", "val", "--data", "test only"), "pool is empty")])
+    (("--split", "val", "--data", "test only"), "pool is empty"),
+    (("--png", "mine.txt", "--text", "x"), "expected a .png"), (("--json", "m.png"), "a .json")])
 def test_invalid_input_gets_one_line(encoder, phantom, tmp_path, monkeypatch, capsys, flags, words):
     """Guards: a traceback, a search of something else than was asked for, a file half written."""
     monkeypatch.chdir(tmp_path)

@@ -189,6 +189,44 @@ def test_resume_after_kills_is_the_unbroken_run(phantom, finished, tmp_path):
     assert_same_run(finished[0], out)
 
 
+def test_a_torn_log_is_continued(phantom, finished, tmp_path, monkeypatch):
+    """Guards: a run that can't go on, or whose log can't be read, as its last line is torn."""
+    out = shutil.copytree(finished[0], tmp_path / "t")
+    whole = (out / "log.jsonl").read_bytes()
+    (out / "log.jsonl").write_bytes(whole[:-20])
+    main(monkeypatch, "--data", phantom, *FAST, "--steps", 30, "--out", out, "--resume")
+    assert log_of(out) == log_of(finished[0])[:-1]
+
+
+def test_an_error_of_ours_ends_the_run(phantom, tmp_path):
+    """Guards: a process that waits for ever for its workers, which ignore SIGTERM."""
+    program = ("import sys, train\n"
+               "def validate(*_): raise RuntimeError('a bug')\n"
+               "train.validate = validate\ntrain.main()")
+    flags = ["--data", phantom, *FAST, "--out", tmp_path / "b", "--workers", 2, "--steps", 40,
+             "--save-every", 2]
+    done = subprocess.run([sys.executable, "-c", program, *map(str, flags)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "RuntimeError: a bug" in done.stderr
+
+
+def test_of_two_runs_into_a_new_folder_one_goes_on(odd, tmp_path, monkeypatch):
+    """Guards: a running folder renamed by a run that was started in the same second."""
+    out, check = tmp_path / "two", train.run_folder
+
+    def meanwhile(*args):                                      # the other one is faster
+        check(*args)
+        out.mkdir()
+        locks.append(train.metrics.lock(out / "log.jsonl"))
+        return out
+    locks = []
+    monkeypatch.setattr(train, "run_folder", meanwhile)
+    with pytest.raises(InputError, match="another process is writing"):
+        main(monkeypatch, "--data", odd, *FAST, "--steps", 1, "--out", out, "--workers", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+    assert [path.name for path in out.iterdir()] == ["log.jsonl"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(phantom, finished, tmp_path, number):
     """Guards: work lost to Ctrl-C or a cluster's SIGTERM; a checkpoint of half a step."""
