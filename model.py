@@ -659,10 +659,10 @@ def silence_libraries():
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def say(text):
+def say(text, file=None):
     """Print, once for all processes."""
     if rank_and_world()[0] == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 # ---- the commands -------------------------------------------------------------------------------

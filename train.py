@@ -410,6 +410,12 @@ class Guard:
                              "lower --lr, or look at this step's images: " + " ".join(paths))
         return False
 
+    def leave(self, done, number):
+        """Exit after a signal, and say how to continue."""
+        say(f"stopped{'' if self.in_a_row else ' and saved'} after step {done}; run the same "
+            "command with --resume", sys.stderr)
+        sys.exit(128 + number)
+
     def end(self, steps):
         """Print what was left out. Raises InputError if the training diverged."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -775,10 +781,7 @@ def main(args=None):
             save_run(out, model, optimizers, scaler, done, settings)
         if stop and done < steps:
             bar.close()
-            if rank == 0:
-                print(f"stopped{'' if guard.in_a_row else ' and saved'} after step {done}; "
-                      "run the same command with --resume", file=sys.stderr)
-            sys.exit(128 + stop)
+            guard.leave(done, stop)
 
     guard.end(steps - first)
     if args.dry_run:
