@@ -847,17 +847,12 @@ def weighted_boxes_fusion(boxes, iou):
 def shrink(job):
     """Write an image as an 8-bit JPEG, its short side `size` pixels, unless it is smaller.
 
-    job: (path, where to write, size or 0 to write nothing, units (w, h) of its boxes or None for
-    the image's own size). -> those units or, as text, why there is no image."""
-    source, target, size, scale = job
-    done = target.exists() if size else source.is_file()
-    if done and scale:
-        return scale
+    job: (path, where to write, size or 0 to write nothing). -> None or why there is no image."""
+    source, target, size = job
+    if target.exists() if size else source.is_file():
+        return None
     try:
         with source.open("rb") as file, Image.open(file) as image:
-            scale = scale or image.size
-            if done:
-                return scale
             factor = min(1, size / min(image.size))
             small = [max(1, round(factor * side)) for side in image.size]
             image.draft("L", small)                            # JPEG: decode at 1/2, 1/4 or 1/8
@@ -867,7 +862,6 @@ def shrink(job):
     except (*UNREADABLE, zlib.error, zipfile.BadZipFile):
         return "unreadable image"
     write_file(target, lambda draft: image.save(draft, "JPEG", quality=95))
-    return scale
 
 
 class Conversion:
@@ -904,24 +898,23 @@ class Conversion:
         """Shrink the images of rows into --out, or leave them in place -> the rows that have one.
 
         row["source"]: the image's path, perhaps in a zip; row["name"]: where to write, in a folder
-        that names the size; row["scale"]: units (w, h) of its boxes, if not the image's own."""
+        that names the size."""
         unique, kept = {}, []
         for row in rows:
             row["image"] = (f"images_{self.size}/{row['name']}" if self.size else
                             os.path.abspath(row["source"]))
             if unique.setdefault(row["name"], row) is not row:
                 self.count("images", row["split"], "repeated image")
-        jobs = ((row["source"], self.out / row["image"], self.size, row["scale"])
-                for row in unique.values())
+        jobs = ((row["source"], self.out / row["image"], self.size) for row in unique.values())
         with ThreadPoolExecutor(self.args.workers) as threads:
-            results = map_ahead(threads, shrink, jobs, 2 * self.args.workers)
-            for row, result in zip(tqdm(unique.values(), "images", unit="image"), results):
-                if not isinstance(result, str):
-                    kept.append({**row, "scale": result})
-                    continue
-                self.count("images", row["split"], result)
-                if result == "unreadable image":
-                    tqdm.write(f"{result}: {row['source']}")
+            reasons = map_ahead(threads, shrink, jobs, 2 * self.args.workers)
+            for row, reason in zip(tqdm(unique.values(), "images", unit="image"), reasons):
+                if reason:
+                    self.count("images", row["split"], reason)
+                else:
+                    kept.append(row)
+                if reason == "unreadable image":
+                    tqdm.write(f"{reason}: {row['source']}")
         return kept
 
     def add_regions(self, row):
@@ -1171,7 +1164,7 @@ def prepare_covid_cxr(args):
                                  for key, value in line.items()})
         name, report = line["filename"], line["clinical_notes"] or line["notes"]
         patient, licence = line["patientid"] or name, line["license"] or "unstated"
-        pairs, scale = lungs.get(name, ([], None))
+        pairs, scale = lungs.get(name, ([], (1, 1)))
         split = "train" if zlib.crc32(patient.encode()) % 5 else "test"
         if run.admit("images", split, "not X-ray" if line["modality"] not in ("", "X-ray") else
                      "view" if line["view"] not in ("PA", "AP", "AP Supine", "APS") else

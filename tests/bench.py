@@ -309,7 +309,7 @@ def time_images(n=12, size=512):
         ImageChops.add(coarse, grain).save(path, quality=95)       # 1.6 MB; MIMIC-CXR-JPG's: 1.5
         for _ in range(n):
             start = time.process_time()
-            data.shrink((path, target, size, None))
+            data.shrink((path, target, size))
             middle = time.process_time()
             Image.open(path).convert("L").resize((size, size * 6 // 5)).save(target, quality=95)
             spent += middle - start, time.process_time() - middle
