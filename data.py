@@ -831,16 +831,14 @@ def weighted_boxes_fusion(boxes, iou):
     From the last box to the first: it joins the fused box of highest IoU, if that is above `iou`,
     or opens a new one. (N, 4) -> (M, 4), left to right. (0, 0, .4, .4) and (.2, 0, .6, .4), of
     IoU 1/3, give (.1, 0, .5, .4) at 0.3 and themselves at 0.4. Empty boxes are dropped."""
-    joined, fused = [], []
+    groups, fused = [], []
     for box in reversed(drop_degenerate(boxes)):
-        overlap = box_iou(fused, [box])[:, 0] if fused else np.zeros(1)
-        best = int(overlap.argmax())
-        if overlap[best] > iou:
-            joined[best].append(box)
-            fused[best] = np.mean(joined[best], axis=0).tolist()
+        overlap = box_iou([box], fused)[0]                     # (len(groups),)
+        if overlap.max(initial=0) > iou:
+            groups[overlap.argmax()].append(box)
         else:
-            joined.append([box])
-            fused.append(list(box))
+            groups.append([box])
+        fused = [np.mean(group, axis=0).tolist() for group in groups]
     return sorted(fused)
 
 
