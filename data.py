@@ -213,10 +213,9 @@ def load_image(path, size=None):
             image.load()
             if image.mode.startswith("I") or image.mode == "F":
                 image = Image.fromarray(window_levels(image))
-            elif "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.composite(image.convert("L"), Image.new("L", image.size),
-                                        image.getchannel("A"))
+            elif image.has_transparency_data:
+                black = Image.new("RGBA", image.size, "black")
+                image = Image.alpha_composite(black, image.convert("RGBA"))
             image = image.convert("L")
     except UNREADABLE as error:
         hint = ("; if it is a DICOM file, convert it to PNG first"
