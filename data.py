@@ -1033,7 +1033,6 @@ def add_pairs(run, rows, files, rated):
                           else "not in report" if not answer.get("from_report", True)
                           else "fallback box" if place.get("is_fallback")
                           else "repeated text" if phrase in pairs
-                          else "no text" if not phrase
                           else "no box" if not boxes else None)
                 if reason:
                     run.admit("pairs", row["split"], reason)
