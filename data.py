@@ -336,18 +336,16 @@ class Collate:
 
     def __call__(self, samples):
         import torch
-
-        from losses import TASKS
         bad = [s["bad"] for s in samples if "bad" in s]
         samples = [s for s in samples if "bad" not in s]
         if not samples:
             return {"image": torch.zeros(0), "bad": bad}
-        rows, llm = [], self.llm_tokenizer
+        rows, llm, tasks = [], self.llm_tokenizer, list(TASK_WEIGHT)         # as losses.TASKS
         for i, sample in enumerate(samples):
             for task, prompt, target in sample["tasks"]:
                 prompt, target = prompt_ids(llm, prompt), plain_ids(llm, target)
                 target = (target + [llm.eos_token_id])[:self.max_target]     # if cut, no <eos>
-                rows.append((i, TASKS.index(task), prompt + target, len(prompt)))
+                rows.append((i, tasks.index(task), prompt + target, len(prompt)))
         length = max((len(tokens) for _, _, tokens, _ in rows), default=0)
         ids = torch.full((len(rows), length), llm.pad_token_id)                        # (R, L)
         is_target = torch.zeros_like(ids, dtype=torch.bool)                            # (R, L)
