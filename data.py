@@ -892,8 +892,7 @@ class Conversion:
     def prepare_images(self, rows):
         """Shrink the images of rows into --out, or leave them in place -> the rows that have one.
 
-        row["source"]: the image's path, perhaps in a zip; row["name"]: where to write, in a folder
-        that names the size."""
+        row["source"]: the image's path, perhaps in a zip; row["name"]: where to write it."""
         unique, kept = {}, []
         for row in rows:
             row["image"] = (f"images_{self.size}/{row['name']}" if self.size else
@@ -1021,10 +1020,10 @@ def add_pairs(run, rows, files, rated):
         with reading(file):
             questions = json.loads(file.read_bytes()).get("questions") or []
             for question, answer in ((q, a) for q in questions for a in q.get("answers") or []):
-                if dicom not in (places := answer.get("localization") or {}):
+                place = (answer.get("localization") or {}).get(dicom)
+                if place is None:
                     continue
-                place, phrase = places[dicom] or {}, one_line(answer.get("text"))
-                boxes = place.get("bboxes")
+                phrase, boxes = one_line(answer.get("text")), place.get("bboxes")
                 reason = ("rating" if rated is not None
                           and question.get("question_id") not in rated[study]
                           else "not positive" if answer.get("positiveness", "pos") != "pos"
