@@ -873,7 +873,7 @@ class Conversion:
                              "expected at least 0, at least 1, and from 0 to 1")
         self.out.mkdir(parents=True, exist_ok=True)
         notes = self.out / "prepare.json"
-        mine = notes.exists() and f'"command": "{args.command}"' in notes.read_text()
+        mine = notes.exists() and f'"command": "{args.command}"'.encode() in notes.read_bytes()
         for path in (self.out / "manifest.jsonl", notes, self.out / "LICENSES.csv"):
             if path.exists() and not mine:
                 raise InputError(f"{path}: not written by {args.command}; choose another --out")

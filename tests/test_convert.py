@@ -663,9 +663,9 @@ def test_another_set_is_not_written_over(monkeypatch, mimic, tmp_path, phantom):
 def test_files_of_the_user_are_not_written_over(monkeypatch, mimic, tmp_path, name):
     """Guards: a licence list or notes of the user's own, in a folder without a manifest, lost."""
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("mine")
+    (tmp_path / "out" / name).write_bytes(b"mine \xff")         # not even UTF-8
     assert "choose another --out" in fails(monkeypatch, mimic)
-    assert (tmp_path / "out" / name).read_text() == "mine"
+    assert (tmp_path / "out" / name).read_bytes() == b"mine \xff"
 
 
 @pytest.mark.parametrize("flag, value", [("--size", -1), ("--workers", 0), ("--wbf-iou", 1.5)])
