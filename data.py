@@ -855,6 +855,7 @@ def shrink(job):
     except FileNotFoundError:
         return "no image"
     except (*UNREADABLE, zlib.error, zipfile.BadZipFile):
+        tqdm.write(f"unreadable image: {source}")
         return "unreadable image"
     write_file(target, lambda draft: image.save(draft, "JPEG", quality=95))
 
@@ -907,8 +908,6 @@ class Conversion:
                     self.count("images", row["split"], reason)
                 else:
                     kept.append(row)
-                if reason == "unreadable image":
-                    tqdm.write(f"{reason}: {row['source']}")
         return kept
 
     def add_regions(self, row):
