@@ -32,18 +32,15 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import tempfile
 import textwrap
-import threading
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -422,15 +419,6 @@ def map_ahead(pool, function, items, ahead):
         waiting.extend(itertools.islice(futures, 1))
 
 
-def start_worker():
-    """Set up a worker process: it ignores Ctrl-C and ends when its parent ends or is killed."""
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 # ---- checks of a manifest ------------------------------------------------------------------------
 
 ROW_KEYS = ("image", "study", "patient", "split", "report", "regions")
@@ -699,9 +687,8 @@ def draw_finding(canvas, kind, side, zone, width):
     return outline
 
 
-def draw_phantom(job, n=96):
-    """Draw and save image i of a split (n x n pixels), in a worker. -> its manifest row."""
-    out, split, i, seed = job
+def draw_phantom(out, split, i, seed, n=96):
+    """Draw and save image i of a split, n x n pixels -> its manifest row."""
     rng = np.random.default_rng([seed, SPLITS.index(split), i])
     canvas, findings, regions = Canvas(rng, n), {}, []
     n_findings = rng.choice([1, 2, 3], p=[.15, .65, .2])
@@ -743,10 +730,9 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         draft = Path(folder, "phantom")                        # its mode is the umask's
         (draft / "images").mkdir(parents=True)
-        jobs = [(draft, split, i, seed) for split, n in sizes.items() for i in range(n)]
-        with ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_worker) as pool:
-            rows = list(tqdm(pool.map(draw_phantom, jobs, chunksize=50), "phantom", len(jobs),
-                             unit="image", disable=quiet))
+        numbers = [(split, i) for split, n in sizes.items() for i in range(n)]
+        rows = [draw_phantom(draft, split, i, seed)
+                for split, i in tqdm(numbers, "phantom", unit="image", disable=quiet)]
         (draft / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         try:
             draft.rename(out)
@@ -872,7 +858,6 @@ class Conversion:
         if self.size < 0 or args.workers < 1 or not 0 <= self.iou <= 1:
             raise InputError(f"--size {self.size}, --workers {args.workers}, --wbf-iou {self.iou}: "
                              "expected at least 0, at least 1, and from 0 to 1")
-        self.out.mkdir(parents=True, exist_ok=True)
         notes = self.out / "prepare.json"
         mine = notes.exists() and f'"command": "{args.command}"'.encode() in notes.read_bytes()
         for path in (self.out / "manifest.jsonl", notes, self.out / "LICENSES.csv"):

@@ -627,7 +627,7 @@ def test_a_wrong_folder_is_one_line(monkeypatch, mimic, tmp_path, flag, words):
     """Guards: an empty manifest, or hours of images before the mistake is said."""
     (tmp_path / "empty").mkdir()
     said = fails(monkeypatch, mimic, "--size", 80, flag, tmp_path / "empty")
-    assert words in said and not list((tmp_path / "out").iterdir())
+    assert words in said and not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_no_half_file(monkeypatch, mimic, tmp_path):
