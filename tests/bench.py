@@ -308,6 +308,7 @@ def time_images(n=12, size=512):
         path, target = Path(folder) / "image.jpg", Path(folder) / "small.jpg"
         ImageChops.add(coarse, grain).save(path, quality=95)       # 1.6 MB; MIMIC-CXR-JPG's: 1.5
         for _ in range(n):
+            target.unlink(missing_ok=True)                         # shrink leaves what is there
             start = time.process_time()
             data.shrink((path, target, size))
             middle = time.process_time()
