@@ -537,7 +537,7 @@ def checksum(state):
     value = 0
     for name, tensor in sorted(state.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), value)
     return str(value)
 
 

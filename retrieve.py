@@ -83,8 +83,8 @@ from tqdm import tqdm
 import data
 import metrics
 from metrics import InputError, check_output, format_table, write_file, write_json
-from model import (Encoder, LoFi, check_checkpoint, find_device, join_processes, rank_and_world,
-                   read_weights, say, silence_libraries, write_weights)
+from model import (Encoder, LoFi, check_checkpoint, checksum, find_device, join_processes,
+                   rank_and_world, read_weights, say, silence_libraries, write_weights)
 
 
 # ---- embeddings and nearest neighbours ----------------------------------------------------------
@@ -107,10 +107,8 @@ def text_embeddings(encoder, texts, batch_size=256):
 def cache_file(encoder, path, rows):
     """RUN/embeddings/DATA-HASH.safetensors, or below runs/ for a model id. The hash is of all that
     the embeddings depend on: weights, image size, and the images' names, sizes, times and order."""
-    digest = hashlib.sha256(f"{encoder.image_size}".encode())
-    for name, tensor in encoder.siglip.vision_model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy())
+    weights = checksum(encoder.siglip.vision_model.state_dict())
+    digest = hashlib.sha256(f"{encoder.image_size} {weights}\n".encode())
     for row in rows:
         stat = os.stat(row["path"])
         digest.update(f"{row['image']} {stat.st_size} {stat.st_mtime_ns}\n".encode())
