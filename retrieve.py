@@ -322,11 +322,10 @@ def search(query, query_emb, pool, image_emb, k):
     [similarity], [index] = top_k(query_emb, image_emb, k)                         # (k,) each
     found = [{**pool[i], "rank": n, "similarity": round(value, 6)}
              for n, (value, i) in enumerate(zip(similarity.tolist(), index.tolist()), 1)]
-    table = format_table([("study", "rank", "similarity")] + [
-        (row["study"], str(row["rank"]), f"{row['similarity']:.4f}") for row in found])
-    starts = [textwrap.shorten(words_of(row), 80, placeholder=" ...") for row in found]
-    for line, start in zip(table.splitlines(), ["report", *starts]):
-        print(f"{line}  {start}")
+    print("rank  similarity  study: report")
+    for row in found:
+        start = textwrap.shorten(words_of(row), 80, placeholder=" ...")
+        print(f"{row['rank']:4}  {row['similarity']:10.4f}  {row['study']}: {start}")
     picture = None
     if not query["path"]:                                      # a text, in large letters
         picture, font = Image.new("L", (352, 352)), ImageFont.load_default(22)
