@@ -703,14 +703,18 @@ def shown_prompt(ground, row, demonstrations):
         f"{token[0]}[{ground.processor.image_seq_length} image tokens: {next(paths)}]"), text)
 
 
-def made_from(source, pool, checkpoint):
-    """What predictions depend on apart from flags -> settings: a run may be trained again, a
-    manifest written again."""
+def settings_of(args, lvlm, ground, source, pool, checkpoint, k):
+    """What predictions depend on; a run may be trained again, a manifest written again."""
     weights = Path(checkpoint, "model.safetensors")
-    return {"data": str(Path(source).resolve()), "pool": str(Path(pool).resolve()),
-            "manifests": [zlib.crc32(data.manifest_path(path).read_bytes())
-                          for path in (source, pool)], "encoder": checkpoint,
-            "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None}
+    settings = {"lvlm": lvlm, "split": args.split, "order": args.order, "k": k,
+                "data": str(Path(source).resolve()), "pool": str(Path(pool).resolve()),
+                "manifests": [zlib.crc32(data.manifest_path(path).read_bytes())
+                              for path in (source, pool)], "encoder": checkpoint,
+                "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None}
+    if isinstance(ground, InContext):
+        settings |= {"blind": ground.blind, "dtype": str(ground.model.dtype),
+                     "max_new_tokens": ground.max_new_tokens}
+    return settings
 
 
 def print_answer(answer, out, **more):
@@ -772,12 +776,8 @@ def main(args=None):
                            [args.checkpoint, *encoders])
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
-    title, settings = Path(lvlm).name, {"lvlm": lvlm, "split": args.split, "order": args.order}
     ground = load_grounder(lvlm, args, device, training)
-    if isinstance(ground, InContext):
-        title += " (blind)" if ground.blind else ""
-        settings |= {"blind": ground.blind, "dtype": str(ground.model.dtype),
-                     "max_new_tokens": args.max_new_tokens}
+    title = Path(lvlm).name + " (blind)" * getattr(ground, "blind", False)
 
     # ---- demonstrations and answers, with each encoder and k
     results, files = {}, []
@@ -800,14 +800,13 @@ def main(args=None):
             print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
                   f"{args.checkpoint} --data {source or 'DIR'}", file=sys.stderr)
             return
-        settings |= made_from(source, pool, checkpoint)
         for k in ks:
             several = len(encoders) * len(ks) > 1
             part = "_" + re.sub(r"[^\w-]+", "_", checkpoint).strip("_") + f"_k{k}"
             files.append(out.with_stem(out.stem + part) if several else out)
             results[f"{title}, {checkpoint}, k={k}" if any(ks) else title] = ground_set(
                 rows, ground, [triplets[:k] for triplets in found], files[-1],
-                {**settings, "k": k})
+                settings_of(args, lvlm, ground, source, pool, checkpoint, k))
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
