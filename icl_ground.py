@@ -771,9 +771,8 @@ def main(args=None):
         folder = data.manifest_path(source).resolve().parent.name
         out = Path(args.out or f"runs/{folder}_{args.split}_{Path(lvlm).name}"
                    f"{'_blind' * args.blind}.jsonl")
-    retrieve.check_outputs({".json": args.json, out.suffix: out},
-                           [*filter(None, (args.image, source, pool))], manifest + pool_rows,
-                           [args.checkpoint, *encoders])
+    retrieve.check_outputs({".json": args.json, out.suffix: out}, [args.image, source, pool],
+                           manifest + pool_rows, [args.checkpoint, *encoders])
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
     ground = load_grounder(lvlm, args, device, training)
@@ -813,7 +812,6 @@ def main(args=None):
         return
 
     # ---- the table
-    n_phrases = sum(len(row["regions"]) for row in rows)
     print(f"\ngrounding of {n_phrases:,} phrases, % [95 % interval over images]")
     results, table = with_prior(results, rows, training if lvlm != "prior" else [])
     print(table)

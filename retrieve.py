@@ -291,9 +291,10 @@ def heat_map_sheet(encoder, rows, categories, most=4):
 def check_outputs(outputs, inputs, rows, checkpoints):
     """Raise InputError if an output is a file that the command reads, or of another kind.
 
-    outputs: {suffix: path, or None if none is written}. inputs: images, and manifests or their
-    folders. rows: those of the manifests."""
-    inputs = [Path(path, "manifest.jsonl") if Path(path).is_dir() else path for path in inputs]
+    outputs: {suffix: path, or None}. inputs: images, manifests or their folders, or None. rows:
+    those of the manifests."""
+    inputs = [Path(path, "manifest.jsonl") if Path(path).is_dir() else path
+              for path in inputs if path]
     inputs += [row["path"] for row in rows]
     inputs += [file for folder in checkpoints for file in Path(folder).rglob("*")]
     for suffix, output in outputs.items():
@@ -362,7 +363,7 @@ def main(args=None):
         raise InputError("no image of the split has a report, and Table 1 ranks reports; give "
                          "other --data or --split, or search with --image")
     check_outputs({".json": args.json, ".png": (searching or args.categories) and args.png},
-                  [path, args.image or path], rows, args.checkpoint)
+                  [path, args.image], rows, args.checkpoint)
     rank, _ = join_processes()
 
     # ---- embed in all processes, then search or evaluate in the first
