@@ -787,14 +787,14 @@ def main(args=None):
                 encoder = Encoder.load(checkpoint, device)
                 query_emb = (encoder.encode_image(args.image).cpu() if args.image else
                              retrieve.image_embeddings(encoder, source, rows))     # (Q, D)
-                found = find_demonstrations(encoder, rows, query_emb, pool, pool_rows,
-                                            max(ks))
+                found = find_demonstrations(encoder, rows, query_emb, pool, pool_rows, max(ks))
                 if lvlm == "nearest":
                     ground = functools.partial(nearest_answers, encoder)
             if args.show_prompt:
                 say(shown_prompt(ground, rows[0], found[0][:ks[0]]))
+            if args.image:
+                [answer] = ground(rows, found)                 # InContext.__call__ for an LVLM
         if args.image:
-            [answer] = ground(rows, found)                     # InContext.__call__ for an LVLM
             print_answer(answer, out, lvlm=lvlm, n_demonstrations=len(found[0]))
             print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
                   f"{args.checkpoint} --data {source or 'DIR'}", file=sys.stderr)

@@ -550,6 +550,14 @@ def test_one_image(grounder, call, phantom, run_dir, lvlm_dir, tmp_path):
     assert "leave-one-out: 0 of 1" in err or grounder in ("lofi", "prior")
 
 
+def test_a_note_about_a_long_phrase_is_not_on_stdout(call, phantom, run_dir):
+    """Guards against JSON that cannot be piped into another program."""
+    path = data.read_manifest(phantom, "test")[0]["path"]
+    out, err = call("--image", path, "--phrase", "A large left nodule. " * 20, "--data", phantom,
+                    "--checkpoint", run_dir, "--lvlm", "nearest", "--k", 3)
+    assert json.loads(out)["boxes"] and "truncated 1 of" in err
+
+
 def test_pixels_are_those_of_the_original(call, phantom, pool, tmp_path):
     """Guards against width and height taken for each other, and an image that the manifest must
     know; the prior answers from the phrase alone."""
