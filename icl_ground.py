@@ -27,9 +27,8 @@ MEDGEMMA = "google/medgemma-1.5-4b-it"                 # the paper's LVLM       
 # ---- arguments: before the imports that take seconds, so that --help answers at once -------------
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nK demo")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to ground: one image and phrase, or a set").add_argument
     add("--image", metavar="FILE", help="a chest X-ray of any mode and size")
     add("--phrase", metavar="TEXT", help="the sentence to find on it")
@@ -38,7 +37,7 @@ def parse_args():
     add("--split", choices=["train", "val", "test"], default="test", help="(default: %(default)s)")
     add("--out", metavar="FILE", help="overlay of an image (default: runs/IMAGE_grounded.png), or "
         "predictions of a set, one file for each encoder and k; a stopped run continues there "
-        "(default: runs/DATA_SPLIT_LVLM.jsonl, with --blind runs/DATA_SPLIT_LVLM_blind.jsonl)")
+        "(default: runs/DATA_SPLIT_LVLM.jsonl, LVLM_blind with --blind)")
     add("--json", metavar="PATH", help="also write a set's scores there, as fractions")
 
     add = parser.add_argument_group("demonstrations").add_argument
@@ -108,7 +107,7 @@ from model import (Encoder, LoFi, check_checkpoint, find_device, from_all, join_
 
 # ---- the prompt; not stated in the paper --------------------------------------------------------
 # The box format is MedGemma 1.5's own. Each demonstration is a user turn that ends with its phrase
-# and an assistant turn of bare JSON; phrases of one image share it; the query comes last.
+# and an assistant turn of bare JSON.
 
 EXAMPLE = ('{"box_2d": [640, 90, 880, 430], "label": "cup"}',
            '{"box_2d": [150, 520, 300, 610], "label": "cup"}')
@@ -411,8 +410,6 @@ class InContext:
             do_pan_and_scan=False)["pixel_values"]                                 # (1, 3, S, S)
         pixels = pixels.to(self.model.device, self.model.dtype)
         return self.model.get_image_features(pixels).pooler_output[0].cpu()
-
-    # ---- a grounder -----------------------------------------------------------------------------
 
     def __call__(self, rows, found):
         """Rows of the manifest and the triplets of each -> rows of the predictions file."""
