@@ -269,8 +269,8 @@ def top_triplets(queries, query_emb, rows, image_emb, k):
         alike[row["patient"]].add(i)
         alike[os.path.getsize(row["path"])].add(i)
     for query in queries:
-        same_size = alike.get(os.path.getsize(query["path"]), ())
-        own.append(alike.get(query["patient"], set()) | {
+        same_size = alike[os.path.getsize(query["path"])]
+        own.append(alike[query["patient"]] | {
             i for i in same_size if filecmp.cmp(query["path"], rows[i]["path"], shallow=False)})
     n = min(len(rows), k + max(map(len, own)))                 # an image has a triplet or more
     _, index = retrieve.top_k(query_emb, image_emb, n)                             # (Q, n)
