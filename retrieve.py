@@ -264,13 +264,12 @@ def card(title, row, picture=None, frame="black", size=360):
     return cell
 
 
-def over_image(heat, image, size=352):
+def over_image(heat, image):
     """The warmer half of a heat map (g, g), red to yellow, over a grey image -> PIL image."""
-    grey = ImageOps.contain(image.convert("L"), (size, size))
     heat = (heat - np.median(heat)) / (heat.max() - np.median(heat) + 1e-9)        # (g, g), <= 1
-    warmth = Image.fromarray((255 * heat.clip(0)).astype(np.uint8)).resize(grey.size)  # bicubic
+    warmth = Image.fromarray((255 * heat.clip(0)).astype(np.uint8)).resize(image.size)  # bicubic
     colour = ImageOps.colorize(warmth, "red", "yellow")
-    return Image.composite(colour, grey.convert("RGB"), warmth.point(lambda value: 0.7 * value))
+    return Image.composite(colour, image.convert("RGB"), warmth.point(lambda value: 0.7 * value))
 
 
 def heat_map_sheet(encoder, rows, categories, most=4):
