@@ -89,7 +89,6 @@ from model import (Encoder, LoFi, check_checkpoint, checksum, find_device, join_
 
 # ---- embeddings and nearest neighbours ----------------------------------------------------------
 
-@torch.no_grad()
 def text_embeddings(encoder, texts, batch_size=256):
     """E_T of texts -> (N, D) float32 on the CPU, of unit length. Equal texts are embedded once.
     Texts beyond the encoder's length (64 tokens, Sec. 2.0.4) are cut, and a line counts them."""
@@ -119,7 +118,6 @@ def cache_file(encoder, path, rows):
     return folder / "embeddings" / f"{data_name}-{digest.hexdigest()[:16]}.safetensors"
 
 
-@torch.no_grad()
 def image_embeddings(encoder, path, rows, batch_size=64):
     """E_I of the images of manifest rows -> (N, D) float32 on the CPU, of unit length, read from
     the cache if it is there. path: the manifest or its folder. Under torchrun each process embeds
@@ -160,7 +158,6 @@ def check_k(k, n):
                          "take a larger pool (--data, --split)")
 
 
-@torch.no_grad()
 def top_k(queries, pool, k, chunk=2 ** 26):
     """The k largest cosines of queries (Q, D) with a pool (N, D), on one device -> similarity
     and index, (Q, k) each, on the CPU, best first. chunk: similarities held at a time."""
