@@ -390,7 +390,7 @@ def main(args=None):
         query_emb = (encoder.encode_image(args.image).cpu() if args.image
                      else text_embeddings(encoder, [args.text]))                   # (1, D)
         found, sheet = search(query, query_emb, [pool[i] for i in others], image_emb[others], k)
-        keys = ("rank", "similarity", "study", "patient", "split", "image", "report", "regions")
+        keys = "rank", "similarity", *data.ROW_KEYS
         results = {"query": args.image or args.text, "checkpoint": source, "data": str(path),
                    "n_images": len(others),
                    "results": [{key: row[key] for key in keys} for row in found]}
