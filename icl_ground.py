@@ -430,9 +430,7 @@ class InContext:
         return predictions
 
 
-# ---- other grounders ----------------------------------------------------------------------------
-# A grounder is a function: rows of the manifest, the triplets of each -> rows of the predictions
-# file.
+# ---- other grounders: functions of the same rows and triplets ------------------------------------
 
 def prediction(row, region, boxes, malformed, raw, **more):
     """A row of the predictions file."""
@@ -679,13 +677,24 @@ def default_lvlm(args):
     return "lofi"
 
 
-def query_row(image, phrase, rows):
-    """A manifest row that queries one phrase of an image, with the boxes that it has in the rows of
-    the manifest. An image that is not among them gets no patient."""
-    row = data.find_row(rows, image) or {"patient": None, "regions": []}
-    truth = [box for region in row["regions"] if region["phrase"] == phrase
-             for box in region["boxes"]]
-    return {**row, "image": image, "path": image, "regions": [{"phrase": phrase, "boxes": truth}]}
+def query_rows(args, source, manifest):
+    """The queries, as rows of the manifest: the boxed phrases of a split; or --phrase of --image,
+    with the boxes and the patient that they have in the manifest, if any. Raises InputError."""
+    if args.image:
+        row = data.find_row(manifest, args.image) or {"patient": None, "regions": []}
+        truth = [box for region in row["regions"] if region["phrase"] == args.phrase
+                 for box in region["boxes"]]
+        return [{**row, "image": args.image, "path": args.image,
+                 "regions": [{"phrase": args.phrase, "boxes": truth}]}]
+    of_split = [row for row in manifest if row["split"] == args.split]
+    rows = with_boxes(of_split)
+    if not rows:
+        raise InputError(f"{source}: no phrase with boxes in split {args.split!r}; expected "
+                         'rows with "regions"')
+    n_phrases, n_all = (sum(len(row["regions"]) for row in part) for part in (rows, of_split))
+    say(f"{n_phrases:,} phrases with boxes on {len(rows):,} images of {source}, {args.split}; "
+        f"{n_all - n_phrases:,} phrases without boxes are left out")
+    return rows
 
 
 def shown_prompt(ground, row, demonstrations):
@@ -751,20 +760,10 @@ def main(args=None):
     pool = args.pool or source
     pool_rows = data.read_manifest(pool) if args.pool else manifest
     training = [row for row in manifest if row["split"] == "train"]
-
-    # ---- the queries: one phrase of an image, or the boxed phrases of a split
+    rows = query_rows(args, source, manifest)
     if args.image:
-        rows = [query_row(args.image, args.phrase, manifest)]
         out = Path(args.out or f"runs/{Path(args.image).stem}_grounded.png")
     else:
-        of_split = [row for row in manifest if row["split"] == args.split]
-        rows = with_boxes(of_split)
-        if not rows:
-            raise InputError(f"{source}: no phrase with boxes in split {args.split!r}; expected "
-                             'rows with "regions"')
-        n_phrases, n_all = (sum(len(row["regions"]) for row in part) for part in (rows, of_split))
-        say(f"{n_phrases:,} phrases with boxes on {len(rows):,} images of {source}, {args.split}; "
-            f"{n_all - n_phrases:,} phrases without boxes are left out")
         folder = data.manifest_path(source).resolve().parent.name
         out = Path(args.out or f"runs/{folder}_{args.split}_{Path(lvlm).name}"
                    f"{'_blind' * args.blind}.jsonl")
@@ -809,11 +808,11 @@ def main(args=None):
         return
 
     # ---- the table
-    print(f"\ngrounding of {n_phrases:,} phrases, % [95 % interval over images]")
     results, table = with_prior(results, rows, training if lvlm != "prior" else [])
-    print(table)
+    print(f"\ngrounding, % [95 % interval over images]\n{table}")
     for name, result in results.items():
-        print(f"{name}: {result['grounding']['n_malformed']:,} malformed replies")
+        print("{}: {n_malformed:,} of {n_queries:,} replies are malformed".format(
+            name, **result["grounding"]))
     if args.json:
         metrics.write_json(args.json, results if len(results) > 1 else results[name])
     print(f"\n{time.time() - began:.0f} s in total. Next: python metrics.py "
