@@ -430,7 +430,7 @@ class InContext:
         return predictions
 
 
-# ---- other grounders: functions of the same rows and triplets ------------------------------------
+# ---- other grounders: functions of the same rows and triplets -----------------------------------
 
 def prediction(row, region, boxes, malformed, raw, **more):
     """A row of the predictions file."""

@@ -313,9 +313,18 @@ def trained_on(checkpoint):
     raise InputError(f"{checkpoint}: {own}, its data, cannot be found; give --data")
 
 
-def search(query, query_emb, pool, image_emb, k):
-    """Print the k rows of the pool nearest to a query (1, D) -> the rows, with rank and similarity;
-    a contact sheet with the query, a row, first."""
+def search(encoder, args, own, pool, image_emb, k):
+    """Print the k rows of the pool nearest to --image, whose row is `own` if it has one, or to
+    --text -> the rows, with rank and similarity; a contact sheet with the query first."""
+    query = own or {"study": Path(args.image or "text").name, "report": args.text or "",
+                    "regions": []}
+    if args.image:
+        query_emb, picture = encoder.encode_image(args.image).cpu(), data.load_image(args.image)
+    else:                                                      # in large letters
+        query_emb, picture = text_embeddings(encoder, [args.text]), Image.new("L", (352, 352))
+        words = textwrap.fill(args.text, 28, max_lines=11, placeholder=" ...")
+        ImageDraw.Draw(picture).text((176, 176), words, 255, ImageFont.load_default(22),
+                                     anchor="mm", align="center")
     [similarity], [index] = top_k(query_emb, image_emb, k)                         # (k,) each
     found = [{**pool[i], "rank": n, "similarity": round(value, 6)}
              for n, (value, i) in enumerate(zip(similarity.tolist(), index.tolist()), 1)]
@@ -323,11 +332,6 @@ def search(query, query_emb, pool, image_emb, k):
     for row in found:
         start = textwrap.shorten(words_of(row), 80, placeholder=" ...")
         print(f"{row['rank']:4}  {row['similarity']:10.4f}  {row['study']}: {start}")
-    picture = None
-    if not query["path"]:                                      # a text, in large letters
-        picture, font = Image.new("L", (352, 352)), ImageFont.load_default(22)
-        words = textwrap.fill(textwrap.shorten(query["report"], 300, placeholder=" ..."), 28)
-        ImageDraw.Draw(picture).text((176, 176), words, 255, font, anchor="mm", align="center")
     cells = [card("query", query, picture, "orange"), *(
         card(f"{row['rank']}, cosine {row['similarity']:.3f}", row) for row in found)]
     return found, data.tile(cells, math.ceil(len(cells) ** 0.5))
@@ -385,11 +389,7 @@ def main(args=None):
     if searching:
         left_out = "; the query itself is left out" if len(others) < len(pool) else ""
         print(f"{source} on {len(others):,} images of {title}{left_out}")
-        query = own or {"study": Path(args.image or "text").name, "path": args.image,
-                        "report": args.text or "", "regions": []}
-        query_emb = (encoder.encode_image(args.image).cpu() if args.image
-                     else text_embeddings(encoder, [args.text]))                   # (1, D)
-        found, sheet = search(query, query_emb, [pool[i] for i in others], image_emb[others], k)
+        found, sheet = search(encoder, args, own, [pool[i] for i in others], image_emb[others], k)
         keys = "rank", "similarity", *data.ROW_KEYS
         results = {"query": args.image or args.text, "checkpoint": source, "data": str(path),
                    "n_images": len(others),
