@@ -134,9 +134,9 @@ CHAT_TEMPLATE = """\
 {{ '<start_of_turn>model\n' if add_generation_prompt else '' }}"""
 
 
-def turns(path, phrase, demonstrations, order="similar-last", blind=False):
+def turns(path, phrase, demonstrations, order="similar-last", blind=False, cut=str):
     """Chat messages: the demonstrations (given most similar first), then the query. Each image
-    appears once, before its first triplet; with blind, not at all."""
+    appears once, before its first triplet; with blind, not at all. cut: shortens a long phrase."""
     groups = [list(group) for _, group in
               itertools.groupby(demonstrations, key=lambda triplet: triplet["path"])]
     if order == "similar-last":
@@ -145,7 +145,7 @@ def turns(path, phrase, demonstrations, order="similar-last", blind=False):
     for group in [*groups, [{"path": path, "phrase": phrase}]]:
         for triplet in group:
             # "<eos>" or an image token written in a phrase must stay plain text
-            asked = re.sub(r"<(?=\w+>)", "< ", triplet["phrase"])
+            asked = re.sub(r"<(?=\w+>)", "< ", cut(triplet["phrase"]))
             text = QUERY.format(phrase=asked)
             content = [{"type": "text", "text": text if messages else f"{INSTRUCTION}\n\n{text}"}]
             if triplet is group[0] and not blind:
@@ -323,9 +323,7 @@ class InContext:
     def chat(self, path, phrase, demonstrations):
         """The prompt as chat messages; a phrase of hundreds of words is cut."""
         cut = functools.partial(data.cut_text, self.tokenizer)
-        demonstrations = [{**triplet, "phrase": cut(triplet["phrase"])}
-                          for triplet in demonstrations]
-        return turns(path, cut(phrase), demonstrations, self.order, self.blind)
+        return turns(path, phrase, demonstrations, self.order, self.blind, cut)
 
     def generate(self, input_ids, **inputs):
         """Greedy decoding by transformers -> ids of the replies (n, new), padded on the right."""
