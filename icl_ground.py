@@ -501,7 +501,8 @@ def load_grounder(lvlm, args, device, training):
         return None
     in_fp32 = args.precision == "fp32" or args.precision == "auto" and device.type == "cpu"
     other = "lofi" if read_config(args.checkpoint) else "nearest"
-    hint = f"without it: python icl_ground.py {shlex.join([*sys.argv[1:], '--lvlm', other])}"
+    flags = [flag for flag in sys.argv[1:] if flag not in ("--blind", "--plain", "--show-prompt")]
+    hint = f"without it: python icl_ground.py {shlex.join([*flags, '--lvlm', other])}"
     is_text = load_pretrained(AutoConfig, lvlm, hint).model_type == "gemma3_text"
     processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, lvlm, hint)
     model = load_pretrained(Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration, lvlm,
@@ -791,7 +792,7 @@ def main(args=None):
         if args.image:
             print_answer(answer, out, lvlm=lvlm, n_demonstrations=len(found[0]))
             print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
-                  f"{args.checkpoint} --data {source or 'DIR'}", file=sys.stderr)
+                  f"{checkpoint} --data {source or 'DIR'}", file=sys.stderr)
             return
         for k in ks:
             several = len(encoders) * len(ks) > 1

@@ -292,7 +292,8 @@ def check_outputs(outputs, inputs, rows, checkpoints):
     inputs = [Path(path, "manifest.jsonl") if Path(path).is_dir() else path
               for path in inputs if path]
     inputs += [row["path"] for row in rows]
-    inputs += [file for folder in checkpoints for file in Path(folder).rglob("*")]
+    inputs += [file for folder in checkpoints for file in Path(folder).rglob("*")
+               if re.search("config|token|model|metrics|log|curve", file.name)]    # not a result
     for suffix, output in outputs.items():
         if output:
             check_output(output, suffix, inputs)

@@ -745,7 +745,8 @@ def test_the_order_of_what_is_missing(call, phantom, paper_run):
     image = data.read_manifest(phantom, "test")[0]["path"]
     with pytest.raises(InputError, match="runs/phantom: no such checkpoint; python train.py"):
         call("--image", image, "--phrase", "x")
-    args = "--image", image, "--phrase", "Small nodule.", "--checkpoint", paper_run, "--data"
+    args = ("--image", image, "--phrase", "Small nodule.", "--checkpoint", paper_run, "--blind",
+            "--data")
     with pytest.raises(InputError) as error:
         call(*args, phantom)
     for part in ("google/medgemma-1.5-4b-it", "https://huggingface.co/google/medgemma-1.5-4b-it",

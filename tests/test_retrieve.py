@@ -490,6 +490,18 @@ def test_no_output_replaces_an_input(encoder, phantom, tmp_path, monkeypatch, ca
     assert [path.read_bytes() for path in inputs] == before
 
 
+def test_a_result_in_a_run_folder_can_be_written_again(tmp_path):
+    """Guards: predictions in a run folder that cannot be continued; a run's own files replaced."""
+    for name in ("table_1.json", "p.jsonl", "metrics.json", "config.json", "log.jsonl"):
+        (tmp_path / name).write_text("{}")
+    retrieve.check_outputs({".json": tmp_path / "table_1.json", ".jsonl": tmp_path / "p.jsonl"},
+                           [], [], [tmp_path])
+    for name in ("metrics.json", "config.json", "log.jsonl"):
+        output = {Path(name).suffix: tmp_path / name}
+        with pytest.raises(InputError, match="would be overwritten"):
+            retrieve.check_outputs(output, [], [], [tmp_path])
+
+
 def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_path, monkeypatch):
     """Guards: a run searched on the phantom that was trained on something else."""
     monkeypatch.chdir(tmp_path)
