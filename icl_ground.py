@@ -502,7 +502,7 @@ def load_grounder(lvlm, args, device, training):
     in_fp32 = args.precision == "fp32" or args.precision == "auto" and device.type == "cpu"
     other = "lofi" if read_config(args.checkpoint) else "nearest"
     flags = [flag for flag in sys.argv[1:] if flag not in ("--blind", "--plain", "--show-prompt")]
-    hint = f"without it: python icl_ground.py {shlex.join([*flags, '--lvlm', other])}"
+    hint = f"; without it: python icl_ground.py {shlex.join([*flags, '--lvlm', other])}"
     is_text = load_pretrained(AutoConfig, lvlm, hint).model_type == "gemma3_text"
     processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, lvlm, hint)
     model = load_pretrained(Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration, lvlm,
@@ -764,14 +764,14 @@ def main(args=None):
         out = Path(args.out or f"runs/{Path(args.image).stem}_grounded.png")
     else:
         folder = data.manifest_path(source).resolve().parent.name
-        out = Path(args.out or f"runs/{folder}_{args.split}_{Path(lvlm).name}"
-                   f"{'_blind' * args.blind}.jsonl")
+        name = Path(lvlm).name + ("_blind" if args.blind else "")
+        out = Path(args.out or f"runs/{folder}_{args.split}_{name}.jsonl")
     retrieve.check_outputs({".json": args.json, out.suffix: out}, [args.image, source, pool],
                            manifest + pool_rows, [args.checkpoint, *encoders])
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
     ground = load_grounder(lvlm, args, device, training)
-    title = Path(lvlm).name + " (blind)" * getattr(ground, "blind", False)
+    title = Path(lvlm).name + (" (blind)" if getattr(ground, "blind", False) else "")
 
     # ---- demonstrations and answers, with each encoder and k
     results, files = {}, []

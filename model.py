@@ -599,7 +599,7 @@ def load_pretrained(cls, source, hint="", **options):
               if is_folder else
               f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
               "`hf auth login`; or give a local folder; train.py --preset tiny needs none")
-    raise InputError(f"{source}: cannot be loaded ({reason}); {advice}{hint and '; '}{hint}")
+    raise InputError(f"{source}: cannot be loaded ({reason}); {advice}{hint}")
 
 
 def check_tokenizer(tokenizer, n_embeddings, *special):

@@ -182,7 +182,7 @@ def build_model(args, source, rows, world):
     """Build a model, or load the run to start from -> (model, batch size over all processes)."""
     model = LoFi.from_pretrained(source) if source else None
     config = find_config(args, model and model.config)
-    if len(rows) < max(world, 2 * ("s" in args.objectives)):
+    if len(rows) < max(world, 2 if "s" in args.objectives else 1):
         raise InputError(f"{len(rows)} training images for {world} processes; expected one each, "
                          "two for the sigmoid loss")
     batch_size = min(config.batch_size * world, len(rows))     # of all processes
