@@ -396,7 +396,7 @@ def draw_boxes(image, regions):
         pen.text((5, 3 + 16 * n), phrase, colour, font, stroke_width=2, stroke_fill="black")
     for region, colour in coloured:
         for box in region["boxes"]:                            # last, so text hides no edge
-            corners = [v * (n - 1) for v, n in zip(box, image.size * 2)]
+            corners = [v * max(0, n - 1) for v, n in zip(box, image.size * 2)]
             pen.rectangle(corners, outline=colour, width=2)
 
 
@@ -517,7 +517,7 @@ def check(data, png):
     scanned = list(scan_manifest(data))
     if not scanned:
         raise InputError(f"{path}: no rows")
-    images = [path.parent / row["image"] for _, row, problem in scanned if not problem]
+    images = [path.parent / str(row.get("image")) for _, row, _ in scanned if isinstance(row, dict)]
     check_output(png, ".png", [path, *images])
     for number, row, problem in tqdm(scanned, "check", unit="row"):
         try:
@@ -1139,7 +1139,7 @@ def prepare_covid_cxr(args):
         # early releases have other capitals and spaces, and fewer columns
         line = defaultdict(str, {str(key).strip().lower(): one_line(value)
                                  for key, value in line.items()})
-        name, report = line["filename"], line["clinical_notes"] or line["notes"]
+        name, report = Path(line["filename"]).name, line["clinical_notes"] or line["notes"]
         patient, licence = line["patientid"] or name, line["license"] or "unstated"
         pairs, scale = lungs.get(name, ([], (1, 1)))
         split = "train" if zlib.crc32(patient.encode()) % 5 else "test"
@@ -1239,4 +1239,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="stopped; a converter continues where it was")
+    run_command(main, interrupted="stopped; run the same command again")

@@ -655,9 +655,7 @@ def check_args(args):
             (args.image and (len(args.k) > 1 or len(args.encoders or []) > 1),
              "--image takes one --k and one encoder; several are for a set"),
             (args.out and Path(args.out).suffix != suffix, f"--out: expected a {suffix} file"),
-            (args.json and args.image, "--json is for a set's scores, not for --image"),
-            (args.json and not re.search(r"(?<!\.settings)\.json$", args.json),
-             f"--json {args.json}: expected a .json file of its own")):
+            (args.json and args.image, "--json is for a set's scores, not for --image")):
         if wrong:
             raise InputError(problem)
     if args.image:
@@ -767,7 +765,7 @@ def main(args=None):
         name = Path(lvlm).name + ("_blind" if args.blind else "")
         out = Path(args.out or f"runs/{folder}_{args.split}_{name}.jsonl")
     retrieve.check_outputs({".json": args.json, out.suffix: out}, [args.image, source, pool],
-                           manifest + pool_rows, [args.checkpoint, *encoders])
+                           manifest + pool_rows, [args.checkpoint, *encoders, lvlm])
 
     # ---- the grounder, before images are embedded: an LVLM's weights may be missing
     ground = load_grounder(lvlm, args, device, training)
@@ -796,7 +794,7 @@ def main(args=None):
             return
         for k in ks:
             several = len(encoders) * len(ks) > 1
-            part = "_" + re.sub(r"[^\w-]+", "_", checkpoint).strip("_") + f"_k{k}"
+            part = "_" + re.sub(r"[^\w.-]+", "_", checkpoint).strip("_") + f"_k{k}"
             files.append(out.with_stem(out.stem + part) if several else out)
             results[f"{title}, {checkpoint}, k={k}" if any(ks) else title] = ground_set(
                 rows, ground, [triplets[:k] for triplets in found], files[-1],

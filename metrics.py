@@ -58,6 +58,8 @@ def first_line(error):
 def run_command(main, *args, interrupted="interrupted"):
     """Run a script's main; an error that a user can fix ends it with one line, exit status 1."""
     name = Path(sys.argv[0]).name
+    if "" in sys.argv[1:]:
+        sys.exit(f"{name}: an argument is empty; is a variable of the shell not set?")
     try:
         main(*args)
     except (InputError, OSError) as error:
@@ -102,13 +104,15 @@ def write_json(path, value):
 
 def check_output(path, suffix, inputs):
     """Raise InputError if an output path is a folder, is one of the inputs, directly or through a
-    link, or has another suffix."""
+    link, is a file of settings, or has another suffix."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")
-    if path.exists() and any(Path(file).exists() and path.samefile(file) for file in inputs):
+    if path.exists() and any(os.path.exists(file) and path.samefile(file) for file in inputs):
         raise InputError(f"{path}: is an input of this command and would be overwritten; choose "
                          "another output path")
+    if path.name == "prepare.json" or path.name.endswith(".settings.json"):
+        raise InputError(f"{path}: a set or predictions need this file; choose another output path")
     if path.suffix != suffix:
         raise InputError(f"{path}: expected a {suffix} file to write")
 
@@ -353,7 +357,7 @@ def read_predictions(path):
     for number, line in enumerate(lines, 1):
         try:
             row = dict(json.loads(line))                         # TypeError: a number, a list, ..
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             cut = "; if its writer was interrupted, delete the line" if number == len(lines) else ""
             raise InputError(f"{path}:{number}: got {line[:40].decode(errors='replace')}, expected "
                              f"a JSON object on the line{cut}") from None

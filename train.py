@@ -122,6 +122,7 @@ from model import (PHANTOM, PRESETS, LoFi, find_device, from_all, join_processes
                    silence_libraries)
 
 LOSSES = ("loss", "sigmoid", "captioning", "grounding", "dense_captioning")      # in log.jsonl
+PHANTOM_FOLDER = Path("runs/phantom_data")
 MAX_SKIPPED = 5                         # skipped steps in a row that end the run
 
 
@@ -133,11 +134,10 @@ def phantom_folder(dry_run, rank):
         folder = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return data.make_phantom(Path(folder, "phantom"), {"train": 64, "test": 8})
-    folder = Path("runs/phantom_data")
-    if rank == 0 and not folder.exists():
-        data.make_phantom(folder)
+    if rank == 0 and not PHANTOM_FOLDER.exists():
+        data.make_phantom(PHANTOM_FOLDER)
     from_all(rank)                                             # the other processes wait
-    return folder
+    return PHANTOM_FOLDER
 
 
 def read_rows(path, objectives):
@@ -394,7 +394,8 @@ class Guard:
         """Whether each process has an image in its batch. Raises InputError."""
         self.bad += batch["bad"]
         if self.bad and not self.skip_bad_images:
-            raise InputError(f"{self.bad[0]}; --skip-bad-images leaves such images out")
+            raise InputError(f"{self.bad[0]}; mend it, or leave such images out with "
+                             "--skip-bad-images; --resume continues from the last checkpoint")
         return all(from_all(len(batch["image"]) > 0))
 
     def may_step(self, step, losses, norm, scaler, paths):
@@ -442,14 +443,17 @@ def run_folder(args, path):
     name = data.manifest_path(Path(path).resolve()).parent.name if args.data else "phantom"
     out = Path(args.out or f"runs/{name}")
     files = {file.name for file in out.glob("*") if file.suffix != ".tmp"}     # drafts, if killed
-    if args.resume and "log.jsonl" not in files:
-        raise InputError(f"{out}: no run to resume, it has no log.jsonl; start without --resume")
-    is_run = {"log.jsonl"} <= files <= RUN_FILES
-    is_here = out.resolve() in (Path.cwd(), *Path.cwd().parents)
-    if not args.resume and (out.is_file() or files and (is_here or not is_run)):
-        raise InputError(f"{out}: is a file, the working folder, or has files that are not of a "
-                         "run; choose another --out")
-    if "log.jsonl" in files:
+    log = out / "log.jsonl"
+    has_log = log.is_file() and log.read_bytes()[:8] in (b"", b'{"step":')     # empty: at the start
+    if args.resume and not has_log:
+        raise InputError(f"{out}: no run to resume, it has no log.jsonl of one; start without "
+                         "--resume")
+    is_taken = out.resolve() in (PHANTOM_FOLDER.resolve(), Path.cwd(), *Path.cwd().parents)
+    is_run = has_log and files <= RUN_FILES
+    if not args.resume and (out.is_file() or is_taken or files and not is_run):
+        raise InputError(f"{out}: is a file, the working folder, the phantom's, or has files that "
+                         "are not of a run; choose another --out")
+    if has_log:
         metrics.lock(out / "log.jsonl").close()                # InputError if a process writes it
     return out
 
@@ -488,8 +492,8 @@ def save_run(out, model, optimizers, scaler, step, settings):
         metrics.write_file(out / "curve.png",
                            lambda draft: draw_curves(out / "log.jsonl").save(draft, "PNG"))
     except InputError as error:
-        raise InputError(f"step {step} cannot be saved ({error}); the last good checkpoint is "
-                         "kept: add --resume")
+        raise InputError(f"step {step} is not saved: {error}, with --resume; a checkpoint "
+                         "before it is kept")
 
 
 def load_trainer(path, model, optimizers, scaler, settings):
@@ -665,7 +669,8 @@ def finish_run(out, model, split, settings, began):
 # ---- the run ------------------------------------------------------------------------------------
 
 def plan_run(args, config, path, n_rows, batch_size, world):
-    """What a resumed run must have in common with its first part -> settings: {name: value}."""
+    """What a resumed run must have in common with its first part, but for where the data are ->
+    settings: {name: value}."""
     per_epoch = batches_per_epoch(n_rows, batch_size, args.objectives, world)
     steps = config.steps or math.inf
     if config.epochs:
@@ -791,9 +796,9 @@ def main(args=None):
     if dist.is_initialized():                                  # the first process evaluates alone
         dist.destroy_process_group()
     if writes:
-        log.close()
         finish_run(out, model, split, settings, began)
 
 
 if __name__ == "__main__":
-    metrics.run_command(main, ARGS)
+    metrics.run_command(main, ARGS, interrupted="interrupted; the same command with --resume "
+                        "continues")

@@ -184,6 +184,21 @@ def test_check_does_not_draw_over_its_inputs(tmp_path, png):
     assert "is an input of this command" in said and (folder / png).read_bytes() == before
 
 
+def test_check_does_not_draw_over_the_image_of_a_wrong_row(tmp_path):
+    """Guards: an image lost because its row has a mistake."""
+    folder = write(tmp_path / "d", {**ROW, "split": "none"}, {**ROW, "image": "a" * 5000})
+    before = (folder / "a.png").read_bytes()
+    with pytest.raises(InputError, match="is an input of this command"):
+        data.check(folder, folder / "a.png")
+    assert (folder / "a.png").read_bytes() == before
+
+
+def test_an_empty_argument_is_said(tmp_path):
+    """Guards: a variable of the shell that is not set, taken for a flag that is not given."""
+    assert "an argument is empty" in run("data.py", "phantom", "", ok=False)
+    assert "an argument is empty" in run("train.py", "--data", "", cwd=ROOT, ok=False)
+
+
 def test_check_notes_images_of_one_grey_value_and_twins(tmp_path, capsys):
     """Guards: black images, or the same one under two names, that pass the check unnoticed."""
     names = ("a.png", "b.png", "c.png")

@@ -756,7 +756,7 @@ def test_the_order_of_what_is_missing(call, phantom, paper_run):
     assert json.loads(call(*command)[0])["lvlm"] == "lofi"
 
 
-def test_an_input_is_never_overwritten(call, phantom, run_dir, tmp_path):
+def test_an_input_is_never_overwritten(call, phantom, run_dir, lvlm_dir, tmp_path):
     """Guards against a query image, a manifest, an image of it or a checkpoint replaced by an
     output, through links too."""
     folder = tmp_path / "set"
@@ -771,8 +771,11 @@ def test_an_input_is_never_overwritten(call, phantom, run_dir, tmp_path):
     for args in ((*one, "--out", image), (*one, "--out", tmp_path / "link.png"),
                  (*one, "--out", other), (*several, "--out", folder / "manifest.jsonl"),
                  (*several, "--out", tmp_path / "link.jsonl"), (*several, "--json", image),
+                 (*several, "--json", folder / "prepare.json"),
+                 ("--data", folder, "--checkpoint", run_dir, "--lvlm", lvlm_dir,
+                  "--json", lvlm_dir / "config.json"),
                  (*several, "--checkpoint", run_dir, "--json", run_dir / "config.json")):
-        with pytest.raises(InputError, match="is an input|expected a .json file"):
+        with pytest.raises(InputError, match="is an input|expected a .json file|need this file"):
             call(*args)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert not list(tmp_path.glob("runs/*.jsonl"))
@@ -846,9 +849,9 @@ WRONG = [
     (("--image", "x.png", "--phrase", "x", "--out", "x.jsonl"), "expected a .png"),
     (("--out", "x.csv"), "expected a .jsonl"),
     (("--data", "DATA", "--lvlm", "prior", "--out", "x.jsonl", "--json", "./x.jsonl"),
-     "--json .*expected a .json file"),
+     "x.jsonl: expected a .json file"),
     (("--data", "DATA", "--lvlm", "prior", "--out", "x.jsonl", "--json", "x.settings.json"),
-     "--json .*expected a .json file"),
+     "predictions need this file"),
     (("--lvlm", "prior", "--data", "DATA", "--device", "gpu"), "expected cpu"),
     (("--lvlm", "lofi", "--data", "nowhere"), "no such file"),
     (("--lvlm", "lofi", "--checkpoint", "nowhere", "--data", "DATA"), "not a run folder"),

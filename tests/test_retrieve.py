@@ -490,6 +490,14 @@ def test_no_output_replaces_an_input(encoder, phantom, tmp_path, monkeypatch, ca
     assert [path.read_bytes() for path in inputs] == before
 
 
+def test_a_very_narrow_image_is_drawn(tmp_path):
+    """Guards: a search that ends in a traceback at its contact sheet."""
+    Image.new("L", (1, 20000)).save(tmp_path / "x.png")
+    row = {"path": tmp_path / "x.png", "study": "s", "report": "r",
+           "regions": [{"phrase": "p", "boxes": [[0, .1, 1, .5]]}]}
+    assert retrieve.card("title", row).size == (360, 448)
+
+
 def test_a_result_in_a_run_folder_can_be_written_again(tmp_path):
     """Guards: predictions in a run folder that cannot be continued; a run's own files replaced."""
     for name in ("table_1.json", "p.jsonl", "metrics.json", "config.json", "log.jsonl"):

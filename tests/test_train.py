@@ -321,7 +321,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(odd, tmp_path, monkeypatch)
     for room in (100_000, 7_000_000):                          # too little for either file, for one
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
-            with pytest.raises(InputError, match="cannot be saved.*good checkpoint is kept"):
+            with pytest.raises(InputError, match="is not saved.*--resume; a checkpoint"):
                 train.save_run(tmp_path / "m", model, optimizers, scaler, 3,
                                {"steps": "x" * 8_000_000})
         finally:
@@ -402,7 +402,7 @@ def test_an_older_run_is_renamed(odd, finished, tmp_path, monkeypatch):
     assert len(log_of(tmp_path / "d.1")) == 30 and len(log_of(out)) == 1
 
 
-@pytest.mark.parametrize("name", ["data", "project", "file", "run", "."])
+@pytest.mark.parametrize("name", ["data", "project", "file", "run", ".", "runs/phantom_data"])
 def test_what_is_not_a_run_is_never_renamed(phantom, finished, tmp_path, monkeypatch, name):
     """Guards: a data set, its parent, a file, a run with foreign files, or the working folder moved
     out of the way."""
@@ -419,6 +419,28 @@ def test_what_is_not_a_run_is_never_renamed(phantom, finished, tmp_path, monkeyp
     with pytest.raises(InputError, match="working folder"):
         main(monkeypatch, "--data", phantom, *FAST, "--steps", 1, "--out", ".")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resume_leaves_a_foreign_folder_as_it_is(odd, tmp_path, monkeypatch):
+    """Guards: a log, config and README of the user's that are emptied or replaced."""
+    for name in ("log.jsonl", "config.json", "README.md"):
+        (tmp_path / name).write_text('{"mine": 1}\n')
+    with pytest.raises(InputError, match="no log.jsonl of one"):
+        main(monkeypatch, "--data", odd, *FAST, "--steps", 1, "--resume", "--out", tmp_path)
+    assert {path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {
+        '{"mine": 1}\n'}
+
+
+def test_a_run_is_locked_until_its_scores_are_written(odd, tmp_path, monkeypatch):
+    """Guards: a folder that another run renames meanwhile, and that run's folder with our scores."""
+    def finish_run(out, *_):
+        with pytest.raises(InputError, match="another process is writing"):
+            train.metrics.lock(out / "log.jsonl")
+        finished.append(out)
+    finished = []
+    monkeypatch.setattr(train, "finish_run", finish_run)
+    main(monkeypatch, "--data", odd, *FAST, "--steps", 1, "--out", tmp_path / "e", "--workers", 0)
+    assert finished == [tmp_path / "e"]
 
 
 def test_two_runs_on_one_folder(phantom, tmp_path, monkeypatch):
