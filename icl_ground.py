@@ -563,8 +563,8 @@ def count_answered(out, rows, settings):
     """Prepare a predictions file to continue -> how many of the set's phrases it answers.
 
     A half-written last line is dropped. The settings are kept in a file next to it. Raises
-    InputError, before a file is changed, unless both files are of this command and these settings,
-    and if the answers are not those of the set's first phrases."""
+    InputError, before a file is changed, unless both files are of this command and these settings;
+    then if the answers are not those of the set's first phrases."""
     kept, before = out.with_suffix(".settings.json"), settings
     if kept.exists() or out.stat().st_size:
         try:

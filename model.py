@@ -513,8 +513,9 @@ class LoFi(Encoder):
 def check_checkpoint(source):
     """Raise InputError if a run is missing, before it is looked for on the Hub."""
     path = Path(source)
-    if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir()) \
-            or path.is_dir() and not Path(path, "config.json").exists():
+    is_lost = not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir())
+    is_another = path.is_dir() and not Path(path, "config.json").exists()
+    if is_lost or is_another:
         raise InputError(f"{source}: no such checkpoint; python train.py makes runs/phantom, and "
                          "--checkpoint takes a run, or a SigLIP-family id or folder")
 

@@ -682,7 +682,7 @@ def plan_run(args, config, path, n_rows, batch_size, world):
             "augment": config.augment}
 
 
-def clip_gradients(optimizers, scaler, parameters, lr, most):
+def prepare_step(optimizers, scaler, parameters, lr, most):
     """Set the optimizers' learning rates, unscale and clip the gradients -> their norm before."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -762,7 +762,7 @@ def main(args=None):
         average_gradients(trainable)
         lr = learning_rate(step, steps, config)
         if losses:                                             # else no image could be read
-            norm = clip_gradients(optimizers, scaler, trainable, lr, config.clip)
+            norm = prepare_step(optimizers, scaler, trainable, lr, config.clip)
             if guard.may_step(step, losses, norm, scaler, paths):
                 for optimizer in optimizers:
                     scaler.step(optimizer)

@@ -432,7 +432,7 @@ def test_resume_leaves_a_foreign_folder_as_it_is(odd, tmp_path, monkeypatch):
 
 
 def test_a_run_is_locked_until_its_scores_are_written(odd, tmp_path, monkeypatch):
-    """Guards: a folder that another run renames meanwhile, and that run's folder with our scores."""
+    """Guards: a folder that another run renames meanwhile; that run's folder with our scores."""
     def finish_run(out, *_):
         with pytest.raises(InputError, match="another process is writing"):
             train.metrics.lock(out / "log.jsonl")
