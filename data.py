@@ -47,8 +47,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
-from metrics import (DAMAGED, InputError, box_iou, box_problem, check_output, drop_degenerate,
-                     first_line, format_table, run_command, write_file, write_json)
+from metrics import (DAMAGED, InputError, box_iou, box_problem, check_output, check_ranges,
+                     drop_degenerate, first_line, format_table, run_command, write_file, write_json)
 
 # torch and transformers, which take seconds to import, are imported only in the few functions that
 # use them; the commands of this file do not.
@@ -855,9 +855,7 @@ class Conversion:
     def __init__(self, args):
         self.args, self.out, self.size, self.funnel, self.lost = args, args.out, args.size, {}, []
         self.iou = getattr(args, "wbf_iou", 1)                 # no boxes overlap by more than 1
-        if self.size < 0 or args.workers < 1 or not 0 <= self.iou <= 1:
-            raise InputError(f"--size {self.size}, --workers {args.workers}, --wbf-iou {self.iou}: "
-                             "expected at least 0, at least 1, and from 0 to 1")
+        check_ranges(args, {"size": (0, 1e5), "workers": (1, 256), "wbf_iou": (0, 1)})
         notes = self.out / "prepare.json"
         mine = notes.exists() and f'"command": "{args.command}"'.encode() in notes.read_bytes()
         for path in (self.out / "manifest.jsonl", notes, self.out / "LICENSES.csv"):
@@ -1230,11 +1228,8 @@ def main():
         return CONVERTERS[args.command](args)
     if os.path.lexists(args.out):
         raise InputError(f"{args.out}: exists already; choose a new folder")
-    sizes = {split: getattr(args, split) for split in SPLITS}
-    if min(*sizes.values(), args.seed) < 0 or not sizes["train"]:
-        raise InputError(f"sizes {sizes}, --seed {args.seed}: expected 1 training image or more, "
-                         "and 0 or more for the others")
-    make_phantom(args.out, sizes, args.seed)
+    check_ranges(args, {"train": (1, 1e7), "val": (0, 1e7), "test": (0, 1e7), "seed": (0, 1e18)})
+    make_phantom(args.out, {split: getattr(args, split) for split in SPLITS}, args.seed)
     print(f"wrote {args.out}; next: python data.py check {args.out}")
 
 

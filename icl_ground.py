@@ -640,14 +640,13 @@ def with_prior(results, rows, training):
 
 def check_args(args):
     """Reject invalid flags before anything is loaded. Raises InputError."""
-    least_k, suffix = 1 if args.lvlm == "nearest" else 0, ".png" if args.image else ".jsonl"
+    metrics.check_ranges(args, {
+        "k": (1 if args.lvlm == "nearest" else 0, np.inf), "max_new_tokens": (1, 1e6),
+        "batch_size": (1, 1e6), "feature_cache_gb": (0, 1e6)})
+    suffix = ".png" if args.image else ".jsonl"
     for wrong, problem in (                                    # (condition of an error, message)
             (bool(args.image) != bool((args.phrase or "").strip()),
              "--image and --phrase go together: an image, and the sentence to find on it"),
-            (min(args.k) < least_k, f"--k {min(args.k)}: expected {least_k} or more"),
-            (min(args.max_new_tokens, args.batch_size) < 1,
-             "--max-new-tokens, --batch-size: expected 1 or more"),
-            (not 0 <= args.feature_cache_gb < 1e6, "--feature-cache-gb: expected 0 or more"),  # NaN
             (args.lvlm in ("nearest", "prior") and args.show_prompt,
              f"--show-prompt: --lvlm {args.lvlm} sends no prompt"),
             (args.lvlm in ("lofi", "nearest", "prior") and (args.blind or args.plain),

@@ -117,6 +117,17 @@ def check_output(path, suffix, inputs):
         raise InputError(f"{path}: expected a {suffix} file to write")
 
 
+def check_ranges(args, ranges):
+    """Raise InputError unless flags are in their ranges, {name in args: (low, high)}."""
+    for name, (low, high) in ranges.items():
+        flag = "lambda" if name == "lam" else name.replace("_", "-")
+        values = getattr(args, name, None)                       # None: not given, or no such flag
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value <= high:   # NaN compares as False
+                expected = f"{low:g} or more" if high == np.inf else f"{low:g} to {high:g}"
+                raise InputError(f"--{flag} {value}: expected {expected}")
+
+
 def lock(path):
     """Open a file to append and lock it, until the process ends. Raises InputError if another
     process holds the lock."""
@@ -357,6 +368,7 @@ def read_predictions(path):
     for number, line in enumerate(lines, 1):
         try:
             row = dict(json.loads(line))                         # TypeError: a number, a list, ..
+            json.dumps(row, ensure_ascii=False).encode()         # no lone surrogates
         except (ValueError, TypeError, RecursionError):
             cut = "; if its writer was interrupted, delete the line" if number == len(lines) else ""
             raise InputError(f"{path}:{number}: got {line[:40].decode(errors='replace')}, expected "
@@ -407,8 +419,7 @@ def main():
         "(default: %(default)s)")
     add("--by", choices=["phrase"], help="also list the ten worst and ten best phrases by mIoU")
     args = parser.parse_args()
-    if args.bootstrap < 0:
-        parser.error(f"--bootstrap: got {args.bootstrap}, expected a number of resamples, or 0")
+    check_ranges(args, {"bootstrap": (0, 1e6)})
     if args.json:
         check_output(args.json, ".json", args.predictions)
 

@@ -108,7 +108,7 @@ class Config:
     epochs: int | None = 10         #                                                   (Sec. 2.0.4)
     steps: int | None = None        # if both are given, whichever ends first
     batch_size: int = 16            #                                                   (Sec. 2.0.4)
-    muon_lr: float = 0.0            # rate of Muon for hidden matrices, as a share of lr; 0: AdamW
+    muon_lr: float = 0.0            # rate of Muon for hidden matrices, in units of lr; 0: AdamW
     text_lr: float = 1.0            # rate of the text tower, as a share of the others'
     scale_lr: float = 1.0           # rate of t' and b, as a share of lr
     warmup: float = 0.02            # share of the steps; not stated in the paper
@@ -133,7 +133,7 @@ class Config:
 PAPER = Config()
 TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
-    lr=1.2e-3, muon_lr=7.5, text_lr=0.3, scale_lr=10, weight_decay=0.05,
+    lr=1.2e-3, muon_lr=5.0, text_lr=0.3, scale_lr=10, weight_decay=0.05,
     steps=1400, epochs=None, batch_size=36, n_regions=3, max_target=34,
     answer_tokens=64, augment=0.65, cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),

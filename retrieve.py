@@ -48,10 +48,6 @@ def parse_args():
         help="contact sheet of a search, or heat maps (default: %(default)s)")
     add("--json", metavar="FILE", help="also write the result there, R@K as fractions")
     args = parser.parse_args()
-
-    for flag, value in (("--batch-size", args.batch_size), ("--k", args.k)):
-        if value is not None and value < 1:
-            parser.error(f"{flag}: got {value}, expected 1 or more")
     if args.text is not None and not args.text.strip():
         parser.error("--text is empty, expected a sentence such as 'No pleural effusion.'")
     if not all(category.strip(" .") for category in args.categories or []):
@@ -343,6 +339,7 @@ def main(args=None):
     silence_libraries()
 
     # ---- all that can be checked before the work starts
+    metrics.check_ranges(args, {"k": (1, np.inf), "batch_size": (1, np.inf)})
     device, searching = find_device(args.device), bool(args.image or args.text)
     for source in args.checkpoint:
         check_checkpoint(source)

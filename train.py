@@ -70,19 +70,14 @@ def parse_args():
     return parser.parse_args()
 
 
-RANGES = {"epochs": (1, 1e6), "steps": (1, 1e9), "batch_size": (1, 1e6), "accumulate": (1, 1e4),
-          "save_every": (1, 1e9), "lr": (1e-12, 1), "lam": (0, 1e6), "augment": (0, 1),
-          "seed": (0, 2 ** 32 - 1), "workers": (0, 256)}
-
-
 def check_args(args):
     """Reject invalid flags before anything is read. Raises InputError."""
     if not args.objectives or set(args.objectives) - set("scgd"):
         raise InputError(f"--objectives {args.objectives!r}: expected letters of s, c, g, d")
-    for name, (low, high) in RANGES.items():
-        value, flag = getattr(args, name), "lambda" if name == "lam" else name.replace("_", "-")
-        if value is not None and not low <= value <= high:     # NaN compares as False
-            raise InputError(f"--{flag} {value}: expected {low:g} to {high:g}")
+    metrics.check_ranges(args, {
+        "epochs": (1, 1e6), "steps": (1, 1e9), "batch_size": (1, 1e6), "accumulate": (1, 1e4),
+        "save_every": (1, 1e9), "lr": (1e-12, 1), "lam": (0, 1e6), "augment": (0, 1),
+        "seed": (0, 2 ** 32 - 1), "workers": (0, 256)})
     if args.init and (args.encoder or args.llm or args.random_init):
         raise InputError("--init has its own weights; leave out --encoder, --llm, --random-init")
 
@@ -220,44 +215,6 @@ def choose_precision(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): orthogonalized momentum, scaled to AdamW's update size.
-
-    Equals torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but multiplies all matrices of one
-    shape in one batch: half the time for the miniature on a CPU."""
-
-    def __init__(self, params, lr, momentum=0.85):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    update = p.grad.lerp(momentum, group["momentum"])      # Nesterov
-                    by_shape.setdefault(p.shape, []).append((p, update))
-            for shape, same in by_shape.items():
-                updates = orthogonalize(torch.stack([update for _, update in same]))
-                for (p, _), update in zip(same, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
-
-
-def orthogonalize(x):
-    """(n, rows, columns) matrices U S V^T -> approximately U V^T, by Newton-Schulz steps."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
-    for _ in range(5):
-        a = x @ x.mT                                                       # (n, rows, rows)
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)
-    return x
-
-
 def build_optimizers(model, config):
     """AdamW for all trainable parameters; with muon_lr, Muon for the hidden matrices.
 
@@ -278,7 +235,10 @@ def build_optimizers(model, config):
             groups.setdefault((rate, decay), group)["params"].append(p)
     optimizers = [torch.optim.AdamW([*adamw.values()], lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
                                     fused=True)]
-    return optimizers + ([Muon([*muon.values()], lr=config.lr)] if muon else [])
+    if muon:
+        optimizers.append(torch.optim.Muon([*muon.values()], lr=config.lr, momentum=0.85,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 # ---- batches ------------------------------------------------------------------------------------
@@ -446,8 +406,8 @@ def run_folder(args, path):
     log = out / "log.jsonl"
     has_log = log.is_file() and log.read_bytes()[:8] in (b"", b'{"step":')     # empty: at the start
     if args.resume and not has_log:
-        raise InputError(f"{out}: no run to resume, it has no log.jsonl of one; start without "
-                         "--resume")
+        raise InputError(f"{out}: no run to resume, it has no log.jsonl of one; give its --out, or "
+                         "start a new run without --resume")
     is_taken = out.resolve() in (PHANTOM_FOLDER.resolve(), Path.cwd(), *Path.cwd().parents)
     is_run = has_log and files <= RUN_FILES
     if not args.resume and (out.is_file() or is_taken or files and not is_run):

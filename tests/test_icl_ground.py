@@ -842,7 +842,7 @@ WRONG = [
     (("--phrase", "x"), "--image and --phrase go together"),
     (("--image", "x.png", "--phrase", " "), "--image and --phrase go together"),
     (("--image", "x.png", "--phrase", "x", "--lvlm", "lofi"), "x.png: cannot be read"),
-    (("--k", "-1"), "--k .*expected 0 or more"),
+    (("--k", "-1"), "--k -1: expected 0 or more"),
     (("--lvlm", "nearest", "--k", 0), "--k 0: expected 1 or more"),
     (("--lvlm", "prior", "--show-prompt"), "sends no prompt"),
     (("--image", "x.png", "--phrase", "x", "--k", 1, 2), "one --k"),

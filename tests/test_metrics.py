@@ -353,6 +353,7 @@ def test_a_wrong_row_is_named(tmp_path, change, found):
     (json.dumps(row()) + "\n" + json.dumps(row())[:50], r":2: got .*writer was interrupted"),
     (json.dumps(row())[:50] + "\n" + json.dumps(row()), ":1: got .*object on the line$"),
     ("[1, 2]\n", r":1: got \[1, 2\], expected a JSON object"),
+    (r'{"image": "\ud800"}', ":1: got .*, expected a JSON object"),
     ('{"image": "a.png"}\n', ':1: got nothing for "phrase"'),
 ])
 def test_a_damaged_file_is_named(tmp_path, text, message):

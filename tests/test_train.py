@@ -606,23 +606,17 @@ def test_learning_rate_warms_up_and_ends_near_0():
     assert PAPER.lr == 3e-4 and PAPER.epochs == 10 and PAPER.batch_size == 16 and PAPER.lam == 5
 
 
-def test_muon_is_torchs():
-    """Guards: another size of the update, matrices of one shape mixed up, tall ones transposed
-    wrongly, decay forgotten. Oracle: torch.optim.Muon, up to bfloat16."""
-    torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in ((8, 8), (8, 24), (24, 8), (8, 24), (8, 8))]
-    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    groups = [{"params": ours, "weight_decay": 0.1}]
-    optimizers = (train.Muon(groups, lr=0.02), torch.optim.Muon(
-        theirs, lr=0.02, weight_decay=0.1, momentum=0.85, adjust_lr_fn="match_rms_adamw"))
-    for step in range(4):
-        for i, (a, b) in enumerate(zip(ours, theirs)):
-            a.grad = b.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(
-                10 * step + i))
-        for optimizer in optimizers:
-            optimizer.step()
-    for p, a, b in zip(start, ours, theirs):
-        assert (a - b).norm() < 0.02 * (b - p).norm() and (b - p).norm() > 0.05
+def test_muon_takes_the_hidden_matrices(rows):
+    """Guards: embeddings or queries orthogonalized, a parameter that no optimizer has, or two."""
+    model = LoFi.build(TINY, data.tokenizer_texts(rows))
+    adamw, muon = train.build_optimizers(model, TINY)
+    name_of = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    hidden, rest = ([name_of[p] for group in optimizer.param_groups for p in group["params"]]
+                    for optimizer in (muon, adamw))
+    assert sorted(hidden + rest) == sorted(name_of.values())
+    assert all(name.endswith("weight") and "embed" not in name for name in hidden)
+    assert "pooling.queries" in rest and "pooling.projection.weight" in hidden
+    assert {g["rate"] for g in muon.param_groups} == {TINY.muon_lr, TINY.muon_lr * TINY.text_lr}
 
 
 def test_dry_run_writes_nothing(phantom, tmp_path, monkeypatch):
