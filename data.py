@@ -1228,7 +1228,8 @@ def main():
         return CONVERTERS[args.command](args)
     if os.path.lexists(args.out):
         raise InputError(f"{args.out}: exists already; choose a new folder")
-    check_ranges(args, {"train": (1, 1e7), "val": (0, 1e7), "test": (0, 1e7), "seed": (0, 1e18)})
+    check_ranges(args, {"train": (1, 1e7), "val": (0, 1e7), "test": (0, 1e7),
+                        "seed": (0, 2 ** 32 - 1)})
     make_phantom(args.out, {split: getattr(args, split) for split in SPLITS}, args.seed)
     print(f"wrote {args.out}; next: python data.py check {args.out}")
 

@@ -124,8 +124,8 @@ def check_ranges(args, ranges):
         values = getattr(args, name, None)                       # None: not given, or no such flag
         for value in values if isinstance(values, list) else [values]:
             if value is not None and not low <= value <= high:   # NaN compares as False
-                expected = f"{low:g} or more" if high == np.inf else f"{low:g} to {high:g}"
-                raise InputError(f"--{flag} {value}: expected {expected}")
+                most = "or more" if high == np.inf else f"to {high:,.10g}"
+                raise InputError(f"--{flag} {value}: expected {low:g} {most}")
 
 
 def lock(path):

@@ -309,15 +309,18 @@ class Encoder(nn.Module):
             out = self.siglip.get_text_features(input_ids=texts.to(self.device))
             return F.normalize(out.pooler_output.float(), dim=-1)
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def heat_map(self, image, phrases):
-        """An image and n phrases -> (n, g, g): cosine of each phrase with each patch.
-
-        The encoder's pooling head is applied to one patch at a time. Not in the paper."""
-        patches = self.encode_image(image, with_patches=True)[1][0]                # (P, D_v)
-        patch_emb = F.normalize(self.siglip.vision_model.head(patches[:, None]).float(), dim=-1)
-        side = round(len(patches) ** 0.5)
-        return (self.encode_text(phrases) @ patch_emb.T).view(-1, side, side)
+        """An image and n phrases -> (n, g, g): what each patch adds to the cosine of a phrase, less
+        that of an empty text, as patch token times gradient. Not in the paper."""
+        patches = self.encode_image(image, with_patches=True)[1].requires_grad_()  # (1, P, D_v)
+        image_emb = F.normalize(self.siglip.vision_model.head(patches).float(), dim=-1)
+        # the empty text: what the cosines of all texts share says nothing about the phrase
+        cosines = image_emb @ (self.encode_text(phrases) - self.encode_text("")).T  # (1, n)
+        heat = torch.cat([patches * torch.autograd.grad(cosine, patches, retain_graph=True)[0]
+                          for cosine in cosines[0]]).sum(-1).detach()              # (n, P)
+        side = round(patches.shape[1] ** 0.5)
+        return heat.view(-1, side, side)
 
 
 # ---- LoFi ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
     paper        the paper's sizes with random weights: loop, bare step, memory, hours of 10 epochs
     hints        on the default run: does a box follow "left" and "right" in its phrase?
     scores       on the default run: does the score tell the phrases of an image from others?
+    heat         on the default run: does the heat map of a phrase peak in its true box?
     ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each, 15 runs
 
 Machines are shared and differ, so a figure alone says little: compare the ratios.
@@ -706,6 +707,28 @@ def bench_scores(run="runs/phantom", folder="runs/phantom_data"):
             scores[present].mean(), "mean score of a foreign phrase": scores[~present].mean()}
 
 
+# ---- heat ---------------------------------------------------------------------------------------
+
+def bench_heat(run="runs/phantom", folder="runs/phantom_data"):
+    """How often the highest patch of a phrase's heat map overlaps one of its true boxes, and how
+    often any patch does, over the boxed phrases of the test split."""
+    from model import LoFi
+    model, hits, overlaps = LoFi.from_pretrained(run), [], []
+    for row in data.read_manifest(folder, "test"):
+        for region in row["regions"]:
+            heat = model.heat_map(row["path"], [region["phrase"]])[0].numpy()
+            edge = np.arange(len(heat) + 1) / len(heat)        # of the patches
+            overlap = np.zeros(heat.shape, bool)
+            for x0, y0, x1, y1 in region["boxes"]:
+                in_x, in_y = ((edge[:-1] < high) & (edge[1:] > low)
+                              for low, high in ((x0, x1), (y0, y1)))
+                overlap |= in_y[:, None] & in_x
+            hits.append(overlap.flat[heat.argmax()])
+            overlaps.append(overlap.mean())
+    return {"phrases": len(hits), "highest patch overlaps a true box": float(np.mean(hits)),
+            "any patch does": float(np.mean(overlaps))}
+
+
 # ---- ablate -------------------------------------------------------------------------------------
 
 ABLATIONS = {"s": ["--objectives", "s"], "s, c": ["--objectives", "sc"], "s, c, g, d": [],
@@ -763,7 +786,7 @@ def bench_ablate(seeds=(0, 1, 2), folder="runs/ablate"):
 BENCHMARKS = {"retrieve": bench_retrieve, "neighbours": bench_neighbours, "icl": bench_icl,
               "prepare": bench_prepare,
               "train": bench_train, "paper": bench_paper, "hints": bench_hints,
-              "scores": bench_scores,
+              "scores": bench_scores, "heat": bench_heat,
               "ablate": bench_ablate}
 
 

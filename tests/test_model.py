@@ -127,19 +127,22 @@ def test_images_are_normalised_once(model):
     assert torch.allclose(model.encode_image(Image.fromarray(image)), expected, atol=1e-5)
 
 
-def test_heat_map_is_the_pooling_head_on_each_patch_alone(model):
-    """Guards: patches mixed by the pooling; rows and columns swapped; another text path."""
+def test_heat_map_is_what_a_patch_adds_to_the_cosine(model):
+    """Guards: rows and columns swapped; phrases mixed; the empty text's share left in. Oracle: the
+    change of the cosines while one patch token is scaled."""
     image = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
-    heat = model.heat_map(Image.fromarray(image), ["No nodule.", "Large left pleural effusion."])
-    assert heat.shape == (2, 4, 4)
+    phrases = ["No nodule.", "Large left pleural effusion."]
+    heat = model.heat_map(Image.fromarray(image), phrases)
+    assert heat.shape == (2, 4, 4) and not heat.requires_grad
     _, patches = model.encode_image(torch.from_numpy(image)[None], with_patches=True)
-    head, patch = model.siglip.vision_model.head, patches[0, 4 * 2 + 1]      # row 2, column 1
-    weight, bias = head.attention.in_proj_weight[-32:], head.attention.in_proj_bias[-32:]
-    pooled = head.attention.out_proj(weight @ patch + bias)    # of one patch: its value alone
-    pooled = pooled + head.mlp(head.layernorm(pooled))
-    text = model.encode_text(["Large left pleural effusion."])[0]
-    expected = F.cosine_similarity(pooled, text, dim=0)
-    assert heat[1, 2, 1].item() == pytest.approx(expected.item(), abs=1e-5)
+    scales, cosines = torch.ones(2, 16, 1), []
+    scales[:, 4 * 2 + 1] += torch.tensor([[-0.05], [0.05]])    # row 2, column 1
+    image_emb = model.siglip.vision_model.head(patches * scales)
+    for text in (phrases[1], ""):
+        cosines.append(F.cosine_similarity(image_emb, model.encode_text(text)))
+    low, high = cosines[0] - cosines[1]
+    assert heat[1, 2, 1].item() == pytest.approx((high - low).item() / 0.1, rel=0.02)
+    assert abs(heat[1, 2, 1]) > 1e-4
 
 
 def test_ask_command(model, phantom, tmp_path, monkeypatch, capsys):
