@@ -50,8 +50,8 @@ def small_processor(image_size=28, tokens=4):
     pairs = [(word[:i], word[i]) for word in words.replace(" ", " ▁").split()
              for i in range(1, len(word)) if not any(map(str.isdigit, word[:i + 1]))]
     merges = list(dict.fromkeys(pairs))                        # digits stay single, as in Gemma's
-    parts = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁\n", *string.printable[:94],
-             *(first + last for first, last in merges)]
+    parts = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁\n",
+             *string.printable[:94], *(first + last for first, last in merges)]
     tokenizer = GemmaTokenizer(
         vocab={part: i for i, part in enumerate(dict.fromkeys(parts))}, merges=merges,
         chat_template=CHAT_TEMPLATE,
