@@ -34,6 +34,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import tempfile
 import textwrap
@@ -936,7 +937,8 @@ class Conversion:
             "funnel": self.funnel, "published": published})
         lines = [json.dumps({key: row[key] for key in ROW_KEYS}) + "\n" for row in rows]
         write_file(self.out / "manifest.jsonl", lambda draft: draft.write_text("".join(lines)))
-        print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
+        print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check "
+              f"{shlex.quote(str(self.out))}")
 
 
 # ---- converters: MIMIC-CXR, MS-CXR, PadChest-GR and (not in the paper) an open COVID-19 set ------
@@ -1231,7 +1233,7 @@ def main():
     check_ranges(args, {"train": (1, 1e7), "val": (0, 1e7), "test": (0, 1e7),
                         "seed": (0, 2 ** 32 - 1)})
     make_phantom(args.out, {split: getattr(args, split) for split in SPLITS}, args.seed)
-    print(f"wrote {args.out}; next: python data.py check {args.out}")
+    print(f"wrote {args.out}; next: python data.py check {shlex.quote(args.out)}")
 
 
 if __name__ == "__main__":

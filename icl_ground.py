@@ -500,7 +500,7 @@ def load_grounder(lvlm, args, device, training):
     if lvlm == "nearest":
         return None
     in_fp32 = args.precision == "fp32" or args.precision == "auto" and device.type == "cpu"
-    other = "lofi" if read_config(args.checkpoint) else "nearest"
+    other = "nearest" if args.encoders or not read_config(args.checkpoint) else "lofi"
     flags = [flag for flag in sys.argv[1:] if flag not in ("--blind", "--plain", "--show-prompt")]
     hint = f"; without it: python icl_ground.py {shlex.join([*flags, '--lvlm', other])}"
     is_text = load_pretrained(AutoConfig, lvlm, hint).model_type == "gemma3_text"
@@ -663,9 +663,9 @@ def check_args(args):
 
 def default_lvlm(args):
     """MedGemma, or LoFi's own decoder if --checkpoint is a run of the tiny preset."""
-    config = read_config(args.checkpoint)
     for_gemma = args.encoders or args.pool or args.blind or args.plain
-    if for_gemma or not config or config.preset != "tiny":
+    config = None if for_gemma else read_config(args.checkpoint)
+    if not config or config.preset != "tiny":
         return MEDGEMMA
     print(f"icl_ground.py: {args.checkpoint} is a miniature run, so its own decoder answers "
           f"(--lvlm lofi); to ask MedGemma, with demonstrations: --lvlm {MEDGEMMA}",
@@ -788,8 +788,9 @@ def main(args=None):
                 [answer] = ground(rows, found)                 # InContext.__call__ for an LVLM
         if args.image:
             print_answer(answer, out, lvlm=lvlm, n_demonstrations=len(found[0]))
-            print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
-                  f"{checkpoint} --data {source or 'DIR'}", file=sys.stderr)
+            command = ["--lvlm", lvlm, "--checkpoint", checkpoint, "--data", str(source or "DIR")]
+            print(f"wrote {out}; next, a set: python icl_ground.py {shlex.join(command)}",
+                  file=sys.stderr)
             return
         for k in ks:
             several = len(encoders) * len(ks) > 1

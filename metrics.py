@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shlex
 import struct
 import sys
@@ -60,17 +61,20 @@ def run_command(main, *args, interrupted="interrupted"):
     name = Path(sys.argv[0]).name
     if "" in sys.argv[1:]:
         sys.exit(f"{name}: an argument is empty; is a variable of the shell not set?")
+    for arg in sys.argv[1:]:
+        if (text := arg.encode(errors="replace").decode()) != arg:
+            sys.exit(f"{name}: {text}: an argument is not valid UTF-8")
     try:
         main(*args)
     except (InputError, OSError) as error:
         sys.exit(f"{name}: {first_line(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: {interrupted}")
-    except RuntimeError as error:           # a CPU out of memory raises a plain RuntimeError
+    except (RuntimeError, MemoryError) as error:    # torch on a CPU raises a plain RuntimeError
         if "DataLoader worker" in str(error):
             sys.exit(f"{name}: {first_line(error)} If memory ran out, lower --workers or "
                      "--batch-size; train.py --resume continues")
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        if not re.search("out of memory|allocate", str(error)):
             raise
         sys.exit(f"{name}: out of memory; lower --batch-size; train.py also has --accumulate and "
                  "--grad-checkpoint, icl_ground.py --k")
@@ -419,7 +423,7 @@ def main():
         "(default: %(default)s)")
     add("--by", choices=["phrase"], help="also list the ten worst and ten best phrases by mIoU")
     args = parser.parse_args()
-    check_ranges(args, {"bootstrap": (0, 1e6)})
+    check_ranges(args, {"bootstrap": (0, 1e5)})
     if args.json:
         check_output(args.json, ".json", args.predictions)
 

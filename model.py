@@ -527,7 +527,8 @@ def read_config(folder):
     """config.json of a run folder -> Config; None if the folder holds no run. Raises InputError."""
     if not Path(folder, "tokenizer", "text").is_dir():         # as only a run has it
         if Path(folder, "log.jsonl").exists():
-            raise InputError(f"{folder}: train.py has not saved a checkpoint there yet")
+            raise InputError(f"{folder}: has no tokenizer/: train.py has not saved a checkpoint "
+                             "there yet, or it was deleted")
         return None
     try:
         return Config(**json.loads(Path(folder, "config.json").read_text()))
@@ -597,6 +598,8 @@ def load_pretrained(cls, source, hint="", **options):
         return part
     except (*DAMAGED, SafetensorError) as error:
         reason = first_line(error).rstrip(". ")
+    if is_folder and not Path(source).exists():
+        reason = "no such folder"
     if not is_folder and not hub_is_reachable():
         reason = "the Hub cannot be reached, and no copy is in the cache"
     advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
@@ -627,8 +630,9 @@ def find_device(name=None):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        torch.empty(1, device=name).item()
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):                     # not a device, or not there
+    except (RuntimeError, AssertionError):                     # no device, not there, or "meta"
         raise InputError(f"--device {name}: expected cpu, cuda or cuda:N, a GPU that torch sees")
 
 

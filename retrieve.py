@@ -299,6 +299,9 @@ def trained_on(checkpoint):
     """The manifest that trainer.pt says the checkpoint was trained on; for a model without one, and
     for a phantom run that was moved, runs/phantom_data. Raises InputError if it is missing."""
     trainer = Path(checkpoint, "trainer.pt")
+    if not trainer.exists() and Path(checkpoint, "log.jsonl").exists():
+        raise InputError(f"{trainer}: missing, so the run's data is not known: train.py has not "
+                         "saved a checkpoint yet, or the file was deleted; give --data")
     try:
         own = torch.load(trainer, map_location="cpu", weights_only=True, mmap=True)[
             "settings"]["data"] if trainer.exists() else DEFAULT_DATA

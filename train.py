@@ -396,11 +396,13 @@ RUN_FILES = {"config.json", "model.safetensors", "tokenizer", "trainer.pt", "log
              "curve.png", "metrics.json", "README.md", "embeddings"}
 
 
-def run_folder(args, path):
+def run_folder(args):
     """The run folder: --out, or runs/NAME of the data. Nothing is written yet.
 
     Raises InputError unless it is new, empty, or a run that no process is writing."""
-    name = data.manifest_path(Path(path).resolve()).parent.name if args.data else "phantom"
+    name = "phantom"
+    if args.data:
+        name = data.manifest_path(Path(args.data).resolve()).parent.name
     out = Path(args.out or f"runs/{name}")
     files = {file.name for file in out.glob("*") if file.suffix != ".tmp"}     # drafts, if killed
     log = out / "log.jsonl"
@@ -410,7 +412,8 @@ def run_folder(args, path):
                          "start a new run without --resume")
     is_taken = out.resolve() in (PHANTOM_FOLDER.resolve(), Path.cwd(), *Path.cwd().parents)
     is_run = has_log and files <= RUN_FILES
-    if not args.resume and (out.is_file() or is_taken or files and not is_run):
+    is_file = out.exists() and not out.is_dir()
+    if not args.resume and (is_file or is_taken or files and not is_run):
         raise InputError(f"{out}: is a file, the working folder, the phantom's, or has files that "
                          "are not of a run; choose another --out")
     if has_log:
@@ -420,11 +423,12 @@ def run_folder(args, path):
 
 def open_log(out, resume, step, config):
     """Lock log.jsonl of the run folder -> the open file. Resumed, it is cut to the whole lines up
-    to the checkpoint; otherwise an older run in the folder is renamed to OUT.1, OUT.2, ..."""
+    to the checkpoint (step); otherwise an older run in the folder is renamed to OUT.1, OUT.2, ...,
+    and so is a run to resume that has a model but has lost its trainer.pt."""
     out.mkdir(parents=True, exist_ok=True)
     is_new = not any(out.iterdir())
     log = metrics.lock(out / "log.jsonl")                      # of two runs at once, one goes on
-    if resume:
+    if resume and (step or not (out / "model.safetensors").exists()):
         for draft in out.glob(".*.tmp"):                       # of a run that was killed
             draft.unlink()
         lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)[:step]
@@ -453,7 +457,7 @@ def save_run(out, model, optimizers, scaler, step, settings):
                            lambda draft: draw_curves(out / "log.jsonl").save(draft, "PNG"))
     except InputError as error:
         raise InputError(f"step {step} is not saved: {error}, with --resume; a checkpoint "
-                         "before it is kept")
+                         "before it, if any, is kept")
 
 
 def load_trainer(path, model, optimizers, scaler, settings):
@@ -618,12 +622,13 @@ def finish_run(out, model, split, settings, began):
     metrics.write_file(out / "README.md", lambda draft: draft.write_text(card))
 
     print(f"\n{seconds:.0f} s in total. Next:")
+    run = shlex.quote(str(out))
     for row in icl_ground.with_boxes(split["test"])[:1]:
         phrase = shlex.quote(row["regions"][0]["phrase"])
-        print(f"  python retrieve.py --checkpoint {out} --text {phrase}")
-        print(f"  python icl_ground.py --checkpoint {out} --lvlm lofi --image "
+        print(f"  python retrieve.py --checkpoint {run} --text {phrase}")
+        print(f"  python icl_ground.py --checkpoint {run} --lvlm lofi --image "
               f"{shlex.quote(row['path'])} --phrase {phrase}")
-    print(f"  python model.py export {out} {out}_siglip")
+    print(f"  python model.py export {run} {shlex.quote(f'{out}_siglip')}")
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -661,9 +666,9 @@ def main(args=None):
     precision = choose_precision(args.precision, device)
 
     # data, run folder
+    out = run_folder(args)
     path = args.data or phantom_folder(args.dry_run, rank)
     split, rows = read_rows(path, args.objectives)
-    out = run_folder(args, path)
     checkpoint, writes = out / "trainer.pt", rank == 0 and not args.dry_run
     resumes = args.resume and checkpoint.exists()
 
@@ -760,5 +765,5 @@ def main(args=None):
 
 
 if __name__ == "__main__":
-    metrics.run_command(main, ARGS, interrupted="interrupted; the same command with --resume "
-                        "continues")
+    metrics.run_command(main, ARGS, interrupted="interrupted; once the bar 'train' was shown, "
+                        "the same command with --resume continues")

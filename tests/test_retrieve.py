@@ -551,13 +551,21 @@ def test_invalid_input_gets_one_line(encoder, phantom, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--text", " "), "--text is empty"), (("--batch-size", "0"), "1 or more"),
+    (("--text", " "), "--text is empty"), (("--text", "caf\udce9"), "caf?: an argument is not"),
+    (("--batch-size", "0"), "1 or more"),
     (("--categories", " ."), "an empty string"), (("--k", "0"), "1 or more"),
     (("--categories", "nodule", "--text", "x"), "not allowed with"), (("--wrong",), "--wrong"),
     (("--checkpoint", "a", "b", "--text", "x"), "expected one for a search")])
 def test_a_wrong_flag_is_one_line(tmp_path, flags, words):
     """Guards: a flag that is ignored."""
     assert words in run(ROOT / "retrieve.py", *flags, cwd=tmp_path, ok=False)
+
+
+def test_a_run_without_its_trainer_file_is_not_scored_on_the_phantom(tmp_path):
+    """Guards: Table 1 on data that the run was not trained on, with exit code 0."""
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(InputError, match="trainer.pt: missing, so the run's data is not known"):
+        retrieve.trained_on(tmp_path)
 
 
 def test_an_error_is_one_line_and_an_exit_code(tmp_path):

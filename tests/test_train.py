@@ -619,6 +619,18 @@ def test_muon_takes_the_hidden_matrices(rows):
     assert {g["rate"] for g in muon.param_groups} == {TINY.muon_lr, TINY.muon_lr * TINY.text_lr}
 
 
+def test_a_model_without_its_trainer_file_is_kept(odd, tmp_path, monkeypatch):
+    """Guards: --resume where trainer.pt was deleted, to save space: a new run over the weights."""
+    out, flags = tmp_path / "run", ["--data", odd, *FAST, "--workers", 0, "--steps", 1]
+    main(monkeypatch, *flags, "--out", out)
+    before = (out / "model.safetensors").read_bytes()
+    (out / "trainer.pt").unlink()
+    text = main(monkeypatch, *flags, "--seed", 1, "--out", out, "--resume")
+    assert f"renamed the older run {out} to {out}.1" in text
+    assert (tmp_path / "run.1" / "model.safetensors").read_bytes() == before
+    assert (out / "model.safetensors").read_bytes() != before
+
+
 def test_dry_run_writes_nothing(phantom, tmp_path, monkeypatch):
     """Guards: a dry run that leaves files, or that does not build and step."""
     before = set(tmp_path.rglob("*"))
