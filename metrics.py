@@ -74,10 +74,11 @@ def run_command(main, *args, interrupted="interrupted"):
         if "DataLoader worker" in str(error):
             sys.exit(f"{name}: {first_line(error)} If memory ran out, lower --workers or "
                      "--batch-size; train.py --resume continues")
-        if not re.search("out of memory|allocate", str(error)):
+        if not (isinstance(error, MemoryError)
+                or re.search("out of memory|allocate memory", str(error))):
             raise
         sys.exit(f"{name}: out of memory; lower --batch-size; train.py also has --accumulate and "
-                 "--grad-checkpoint, icl_ground.py --k")
+                 "--grad-checkpoint, icl_ground.py --k, metrics.py --bootstrap")
 
 
 def write_file(path, write):

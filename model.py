@@ -630,9 +630,10 @@ def find_device(name=None):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(1, device=name).item()
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):                     # no device, not there, or "meta"
+        number = torch.zeros(1, device=name)
+        number.item()                                          # "meta" holds no values
+        return number.device
+    except (RuntimeError, AssertionError):                     # not a device, or not there
         raise InputError(f"--device {name}: expected cpu, cuda or cuda:N, a GPU that torch sees")
 
 

@@ -396,7 +396,7 @@ RUN_FILES = {"config.json", "model.safetensors", "tokenizer", "trainer.pt", "log
              "curve.png", "metrics.json", "README.md", "embeddings"}
 
 
-def run_folder(args):
+def run_folder(args, rank=0):
     """The run folder: --out, or runs/NAME of the data. Nothing is written yet.
 
     Raises InputError unless it is new, empty, or a run that no process is writing."""
@@ -416,7 +416,7 @@ def run_folder(args):
     if not args.resume and (is_file or is_taken or files and not is_run):
         raise InputError(f"{out}: is a file, the working folder, the phantom's, or has files that "
                          "are not of a run; choose another --out")
-    if has_log:
+    if has_log and rank == 0:                                  # else they lock each other out
         metrics.lock(out / "log.jsonl").close()                # InputError if a process writes it
     return out
 
@@ -666,7 +666,7 @@ def main(args=None):
     precision = choose_precision(args.precision, device)
 
     # data, run folder
-    out = run_folder(args)
+    out = run_folder(args, rank)
     path = args.data or phantom_folder(args.dry_run, rank)
     split, rows = read_rows(path, args.objectives)
     checkpoint, writes = out / "trainer.pt", rank == 0 and not args.dry_run

@@ -132,7 +132,7 @@ def icl_model():
     """-> (model, processor, tokens of a reply): MedGemma's sizes in bf16 where there is a GPU, else
     a mid-size one; both random, with vision and language in about the paper's proportion."""
     import torch
-    from test_icl_ground import small_lvlm, small_processor
+    from small_gemma import small_lvlm, small_processor
     gpu = torch.cuda.is_available()
     width, vision, image_size, tokens = (
         dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, head_dim=256,
@@ -163,6 +163,16 @@ def icl_images(folder, n):
     return triplets
 
 
+def timed(function, *args):
+    """-> (seconds, result), the GPU's work done."""
+    import torch
+    start = time.perf_counter()
+    result = function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
 def bench_icl(n_queries=4, ks=(5, 10, 20)):
     """n_queries images with 4 phrases each and the same 20 demonstration images (the paper's test
     set meets each image of its pool about five times).
@@ -171,22 +181,13 @@ def bench_icl(n_queries=4, ks=(5, 10, 20)):
     by one: image features kept; the prefix of an image prefilled once; its phrases decoded as one
     batch. By k: seconds an image with the features at hand."""
     import torch
-    from test_icl_ground import PHRASES
+    from small_gemma import PHRASES
 
     from icl_ground import InContext
     model, processor, n_tokens = icl_model()
 
     def lvlm(batch_size=16):
         return InContext(model, processor, max_new_tokens=n_tokens, batch_size=batch_size)
-
-    def timed(function, *args):
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = function(*args)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, result
 
     def plain_way(paths, found):
         ground = lvlm()
@@ -784,9 +785,8 @@ def bench_ablate(seeds=(0, 1, 2), folder="runs/ablate"):
 # ---- command line -------------------------------------------------------------------------------
 
 BENCHMARKS = {"retrieve": bench_retrieve, "neighbours": bench_neighbours, "icl": bench_icl,
-              "prepare": bench_prepare,
-              "train": bench_train, "paper": bench_paper, "hints": bench_hints,
-              "scores": bench_scores, "heat": bench_heat,
+              "prepare": bench_prepare, "train": bench_train, "paper": bench_paper,
+              "hints": bench_hints, "scores": bench_scores, "heat": bench_heat,
               "ablate": bench_ablate}
 
 

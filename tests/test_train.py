@@ -1,5 +1,6 @@
 """train.py as a person runs it, in subprocesses where the process matters."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -333,9 +334,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(odd, tmp_path, monkeypatch)
 
 def test_out_of_memory_says_what_to_lower(odd, tmp_path, monkeypatch):
     """Guards: a traceback where a smaller batch is all that is needed; another error hidden."""
-    def fail(words):
+    def fail(words, kind=RuntimeError):
         def backward(*_, **__):
-            raise RuntimeError(words)
+            raise kind(words)
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         flags = ("--data", odd, *FAST, "--steps", 1, "--workers", 0, "--out", tmp_path / "n")
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
@@ -343,8 +344,20 @@ def test_out_of_memory_says_what_to_lower(odd, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="out of memory; lower --batch-size"):
         fail("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: "
              "you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)")
+    with pytest.raises(SystemExit, match="out of memory.*metrics.py --bootstrap"):
+        fail("", MemoryError)                                  # NumPy's and Python's
     with pytest.raises(RuntimeError, match="shapes differ"):
         fail("shapes differ")
+
+
+def test_processes_of_one_run_do_not_lock_each_other_out(tmp_path):
+    """Guards: torchrun --resume refused now and then, as two processes check the folder at once."""
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    args = argparse.Namespace(data=None, out=tmp_path, resume=True)
+    with train.metrics.lock(tmp_path / "log.jsonl"):           # the first process, at this moment
+        assert train.run_folder(args, rank=1) == tmp_path
+        with pytest.raises(InputError, match="another process is writing"):
+            train.run_folder(args, rank=0)
 
 
 def test_workers_do_not_change_the_batches(odd, tmp_path, monkeypatch):
