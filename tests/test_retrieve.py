@@ -1,11 +1,14 @@
 """Retrieval: top-k, cached embeddings, Table 1, and search as a person runs it."""
 
+import contextlib
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
-import subprocess
+import socket
 import sys
-from collections import Counter
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +20,13 @@ from transformers import SiglipModel
 
 import bench
 import data
-import model as lofi_model
 import retrieve
-from conftest import ROOT, SMALL, run
-from metrics import InputError
-from model import Encoder, LoFi
+from conftest import ROOT, SMALL
+from data import InputError
+from model import LoFi
 from retrieve import top_k
+
+Encoder = LoFi.__base__                                # E_I and E_T without the decoder
 
 
 def unit(*shape):
@@ -45,19 +49,57 @@ def checkpoint(rows, tmp_path_factory):
     return save_run(rows, tmp_path_factory.mktemp("runs") / "small")
 
 
+@pytest.fixture(scope="module")
+def siglip(checkpoint, tmp_path_factory):
+    """The encoders of the run as a SiglipModel folder, LoRA merged by peft."""
+    folder, lofi = tmp_path_factory.mktemp("siglip"), LoFi.from_pretrained(checkpoint)
+    lofi.siglip.merge_and_unload().save_pretrained(folder)
+    lofi.text_tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def encoder(checkpoint, tmp_path):
     """The encoder of a copy of the run, so that each test has a cache of its own."""
-    return Encoder.load(shutil.copytree(checkpoint, tmp_path / "run", ignore=lambda *_: [
-        "embeddings"]))
+    return Encoder.load(shutil.copytree(checkpoint, tmp_path / "run"))
 
 
-def call(monkeypatch, capsys, *flags):
-    """retrieve.main() with these flags -> what it prints."""
-    monkeypatch.setattr(sys, "argv", ["retrieve.py", *map(str, flags)])
-    capsys.readouterr()
-    retrieve.main()
-    return capsys.readouterr().out
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """retrieve.main() with these flags, in an empty folder -> what it prints."""
+    def call(*flags):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["retrieve.py", *map(str, flags)])
+        capsys.readouterr()
+        retrieve.main()
+        return capsys.readouterr().out
+    return call
+
+
+def in_two_processes(main, folder, *flags):
+    """main() with these flags in two forked processes that torchrun's variables join -> what each
+    printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank):
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.chdir(folder)
+        sys.argv = ["script.py", *map(str, flags)]
+        with open(f"printed_{rank}", "w") as printed, contextlib.redirect_stdout(printed):
+            main()
+
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=work, args=(rank,), daemon=True) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=120)
+    assert [process.exitcode for process in both] == [0, 0]
+    return [Path(folder, f"printed_{rank}").read_text() for rank in (0, 1)]
 
 
 # ---- top-k --------------------------------------------------------------------------------------
@@ -96,25 +138,24 @@ def test_top_k_refuses_a_k_that_the_pool_cannot_give(k):
 
 # ---- encoders -----------------------------------------------------------------------------------
 
-def test_a_run_and_its_export_are_one_encoder(encoder, rows, tmp_path):
+def test_a_run_and_the_siglip_of_its_weights_are_one_encoder(encoder, siglip, rows):
     """Guards: a second forward path for baselines; LoRA left out of a run; other normalisation."""
-    lofi_model.export(encoder.source, tmp_path / "siglip")
-    plain = Encoder.load(tmp_path / "siglip")
+    plain = Encoder.load(siglip)
     paths, texts = [row["path"] for row in rows[:5]], [row["report"] for row in rows[:5]]
-    siglip = SiglipModel.from_pretrained(tmp_path / "siglip").eval()
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(p).resize((32, 32), 2), np.float32))
                           for p in paths])[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
     with torch.no_grad():
-        expected = F.normalize(siglip.get_image_features(pixel_values=pixels).pooler_output, dim=1)
+        expected = F.normalize(SiglipModel.from_pretrained(siglip).eval().get_image_features(
+            pixel_values=pixels).pooler_output, dim=1)
         a, b = encoder.encode_image(paths), plain.encode_image(paths)
         assert torch.allclose(encoder.encode_text(texts), plain.encode_text(texts), atol=1e-6)
     assert torch.allclose(a, b, atol=1e-6) and torch.allclose(b, expected, atol=1e-6)
     assert (plain.image_size, plain.text_length) == (32, 32)
-    assert plain.source == str(tmp_path / "siglip") and not isinstance(plain, LoFi)
+    assert plain.source == str(siglip) and not isinstance(plain, LoFi)
 
 
 def breakages(folder):
-    """(what to do to an exported folder, words of the error)"""
+    """(what to do to a SiglipModel folder, words of the error)"""
     weights, config = folder / "model.safetensors", folder / "config.json"
     yield lambda: (folder / "tokenizer_config.json").write_text("{"), "tokenizer"
     yield lambda: weights.write_bytes(weights.read_bytes()[:5000]), "cannot be loaded"
@@ -123,29 +164,25 @@ def breakages(folder):
     yield config.unlink, "no such checkpoint"
 
 
-def test_what_is_no_encoder_gets_one_line(encoder, tmp_path):
+def test_what_is_no_encoder_gets_one_line(encoder, siglip, tmp_path):
     """Guards: a traceback; a model of another kind loaded with random weights; a lost run looked
     for on the hub."""
-    lofi_model.export(encoder.source, tmp_path / "siglip")
-    for break_it, words in breakages(tmp_path / "siglip"):
+    folder = shutil.copytree(siglip, tmp_path / "siglip")
+    for break_it, words in breakages(folder):
         break_it()
         with pytest.raises(InputError, match=words) as error:
-            Encoder.load(tmp_path / "siglip")
+            Encoder.load(folder)
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="no such checkpoint"):
         Encoder.load(tmp_path / "nothing")
-    with pytest.raises(InputError, match="hf auth login"):
-        Encoder.load("google/medsiglip-448")
-    (Path(encoder.source) / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(InputError, match="damaged"):
+    weights = Path(encoder.source) / "model.safetensors"
+    weights.write_bytes(b"half")
+    with pytest.raises(InputError, match=str(weights)) as error:
         Encoder.load(encoder.source)
+    assert "\n" not in str(error.value)
 
 
 # ---- embeddings and their cache -----------------------------------------------------------------
-
-def cached(encoder):
-    return sorted((Path(encoder.source) / "embeddings").iterdir())
-
 
 def count_images(monkeypatch):
     """How many images an encoder sees from here on -> a list that grows."""
@@ -155,69 +192,83 @@ def count_images(monkeypatch):
     return seen
 
 
+def made_earlier(folder, minutes):
+    """Give all files of a folder an older time, so that what is written next is newer."""
+    for path in Path(folder).rglob("*"):
+        os.utime(path, (time.time() - 60 * minutes,) * 2)
+
+
 def test_images_are_embedded_once(encoder, phantom, rows, monkeypatch):
     """Guards: rows in another order than asked for; an image embedded twice; a second encoder of
     the same checkpoint that does not find the embeddings of the first."""
     expected = torch.cat([encoder.encode_image(row["path"]) for row in rows])
     seen = count_images(monkeypatch)
-    emb = retrieve.image_embeddings(encoder, phantom, rows[20:5:-1], batch_size=7)
-    assert torch.allclose(emb, expected[range(20, 5, -1)], atol=1e-6) and sum(seen) == 15
-    emb = retrieve.image_embeddings(encoder, phantom / "manifest.jsonl", rows)
-    assert torch.allclose(emb, expected, atol=1e-6) and sum(seen) == 55
-    again = retrieve.image_embeddings(Encoder.load(encoder.source), phantom, rows)
-    assert torch.equal(again, emb) and sum(seen) == 55 and again.dtype == torch.float32
+    emb = retrieve.image_embeddings(encoder, phantom, rows, batch_size=7)
+    assert torch.allclose(emb, expected, atol=1e-6) and sum(seen) == 40
+    again = retrieve.image_embeddings(Encoder.load(encoder.source), phantom / "manifest.jsonl",
+                                      rows)
+    assert torch.equal(again, emb) and sum(seen) == 40 and again.dtype == torch.float32
+    for some in (rows[20:5:-1], rows[:9], rows[::-1]):         # of other rows, never those of all
+        few = retrieve.image_embeddings(encoder, phantom, some)
+        assert torch.allclose(few, expected[[rows.index(row) for row in some]], atol=1e-6)
     with pytest.raises(InputError, match="empty"):
         retrieve.image_embeddings(encoder, phantom, [])
 
 
-def test_a_damaged_cache_is_embedded_anew(encoder, phantom, rows, monkeypatch, capsys):
-    """Guards: a truncated, altered or foreign file that is used, or that ends the run; the reason
-    kept quiet; a draft left behind."""
-    good = retrieve.image_embeddings(encoder, phantom, rows)
-    [file], seen = cached(encoder), count_images(monkeypatch)
-    whole = file.read_bytes()
-    altered = bytearray(whole)
-    altered[whole.index(good[7].numpy().tobytes()) + 2] ^= 1
-    foreign = (Path(encoder.source) / "model.safetensors").read_bytes()
-    for content in (whole[:len(whole) // 2], bytes(altered), b"", b"no tensors", foreign):
-        file.write_bytes(content)
-        seen.clear()
-        capsys.readouterr()
-        assert torch.equal(retrieve.image_embeddings(encoder, phantom, rows), good)
-        assert sum(seen) == 40 and capsys.readouterr().out.count("damaged, embedding") == 1
-    assert cached(encoder) == [file] and len(file.read_bytes()) == len(whole)
-
-
-def test_embeddings_follow_all_that_they_depend_on(encoder, phantom, tmp_path, monkeypatch):
-    """Guards: neighbours by the weights of an earlier checkpoint, by an image that was replaced,
-    by another image size or by images of another split."""
-    folder = shutil.copytree(phantom, tmp_path / "images")
+def test_embeddings_follow_the_images_and_the_weights(encoder, phantom, tmp_path, monkeypatch):
+    """Guards: neighbours by an image that was replaced, though by one of as many bytes, or by the
+    weights of an earlier checkpoint in the same folder."""
+    folder, run_dir = shutil.copytree(phantom, tmp_path / "images"), encoder.source
     rows = data.read_manifest(folder, "train")
+    one, other = (Path(rows[i]["path"]) for i in (3, 5))
+    n = max(path.stat().st_size for path in (one, other))
+    for path in (one, other):                                  # zeros after its end change no PNG
+        path.write_bytes(path.read_bytes().ljust(n, b"\0"))
+    made_earlier(folder, 60)
+    made_earlier(run_dir, 60)
     good, seen = retrieve.image_embeddings(encoder, folder, rows), count_images(monkeypatch)
-    names = {retrieve.cache_file(encoder, folder, some) for some in (rows, rows[:9], rows[::-1])}
-    assert len(names) == 3 and not seen
-    shutil.copy(rows[3]["path"], rows[5]["path"])
+    assert torch.equal(retrieve.image_embeddings(encoder, folder, rows), good) and not seen
+
+    made_earlier(Path(run_dir, "embeddings"), 30)
+    encoder = Encoder.load(save_run(rows, run_dir, seed=1))    # trained again
+    expected = torch.cat([encoder.encode_image(row["path"]) for row in rows])
+    assert torch.allclose(retrieve.image_embeddings(encoder, folder, rows), expected, atol=1e-6)
+    assert not torch.allclose(expected, good, atol=1e-2)
+
+    made_earlier(run_dir, 60)
+    made_earlier(Path(run_dir, "embeddings"), 30)
+    other.write_bytes(one.read_bytes())
     emb = retrieve.image_embeddings(encoder, folder, rows)
-    assert sum(seen) == 40 and torch.allclose(emb[5], good[3], atol=1e-6)
-    with torch.no_grad():
-        next(p for name, p in encoder.siglip.named_parameters()
-             if "vision_model" in name and "lora_B" in name).add_(0.1)
-    other = retrieve.image_embeddings(encoder, folder, rows)
-    assert sum(seen) == 80 and not torch.allclose(other, emb, atol=1e-3)
-    before = retrieve.cache_file(encoder, folder, rows)
-    encoder.image_size += 1
-    assert retrieve.cache_file(encoder, folder, rows) != before
+    assert not torch.allclose(expected[5], expected[3], atol=1e-3)
+    assert torch.allclose(emb[5], expected[3], atol=1e-6)
 
 
-def test_embeddings_without_a_place_to_keep_them(encoder, phantom, rows, tmp_path, monkeypatch,
-                                                 capsys):
+def test_a_torn_cache_is_not_read(encoder, phantom, rows):
+    """Guards: embeddings out of half a file; it is made anew, or named by an error."""
+    good = retrieve.image_embeddings(encoder, phantom, rows)
+    [file] = Path(encoder.source, "embeddings").iterdir()
+    whole = file.read_bytes()
+    for content in (whole[:len(whole) // 2], b"", b"no tensors"):
+        file.write_bytes(content)
+        try:
+            assert torch.equal(retrieve.image_embeddings(encoder, phantom, rows), good)
+        except InputError as error:
+            assert file.name in str(error)
+
+
+def test_embeddings_without_a_place_to_keep_them(encoder, siglip, phantom, rows, tmp_path,
+                                                 monkeypatch, capsys):
     """Guards: a finished embedding lost because its cache cannot be written; the cache of a hub's
-    model put in a folder of its name."""
+    model put in a folder of its name, or read for another model of the hub."""
     monkeypatch.chdir(tmp_path)
-    encoder.source = "google/siglip2"
-    retrieve.image_embeddings(encoder, phantom, rows[:4])
-    [file] = (tmp_path / "runs" / "embeddings").iterdir()
-    assert file.name.startswith("phantom-") and file.suffix == ".safetensors"
+    other = Encoder.load(siglip)
+    with torch.no_grad():
+        next(other.siglip.vision_model.parameters()).mul_(2)
+    encoder.source, other.source = "google/siglip2", "google/medsiglip"
+    a, b = (retrieve.image_embeddings(each, phantom, rows[:4]) for each in (encoder, other))
+    assert not torch.allclose(a, b, atol=1e-3) and not Path("google").exists()
+    assert torch.equal(retrieve.image_embeddings(encoder, phantom, rows[:4]), a)
+    assert len(list(Path("runs").rglob("*.safetensors"))) == 2
     shutil.rmtree("runs")
     Path("runs").write_text("a file where the folder should be")
     assert len(retrieve.image_embeddings(encoder, phantom, rows[:4])) == 4
@@ -317,91 +368,37 @@ def test_shared_findings_by_loops(rows):
 
 # ---- as a person runs it ------------------------------------------------------------------------
 
-def test_table_1_for_several_checkpoints(encoder, phantom, tmp_path, monkeypatch, capsys):
-    """Guards: a row that is missing or twice the same; keys of --json that are not the design's."""
-    lofi_model.export(encoder.source, tmp_path / "siglip")
+def test_table_1_for_several_checkpoints(encoder, siglip, phantom, tmp_path, call):
+    """Guards: a row that is missing or twice the same; keys of --json that are not the design's;
+    rows of another split."""
     flags = ("--data", phantom, "--device", "cpu", "--json", tmp_path / "t.json")
-    text = call(monkeypatch, capsys, "--checkpoint", encoder.source, *flags)
+    text = call("--checkpoint", encoder.source, *flags)
     one = json.loads((tmp_path / "t.json").read_text())
     assert {"i2t", "t2i", "n_images", "seconds"} == set(one) and one["n_images"] == 12
     assert list(one["i2t"]) == list(one["t2i"]) == ["R@1", "R@5", "R@10", "R@20", "R@40"]
     for words in ("Image-to-Text", "Text-to-Image", "R@40", "chance", "Next: python"):
         assert words in text
-    text = call(monkeypatch, capsys, "--checkpoint", encoder.source, tmp_path / "siglip", *flags)
-    both = json.loads((tmp_path / "t.json").read_text())
-    assert list(both) == [encoder.source, str(tmp_path / "siglip")]
-    assert all(both[source]["t2i"] == one["t2i"] for source in both)
-    assert sum(line.startswith((encoder.source, str(tmp_path / "siglip")))
-               for line in text.splitlines()) == 4
-
-
-@pytest.mark.parametrize("sentence, category, expected", [
-    ("Two small nodules.", "Nodule.", True), ("No nodule.", "nodule", False),
-    ("Massive left pleural effusion.", "mass", False),
-    ("Masses in both lungs.", "mass", True), ("Left pleural effusion.", "pleural effusion", True)])
-def test_a_category_is_named_by_whole_words(sentence, category, expected):
-    """Guards: "massive" counted as a mass; a sentence that denies the finding."""
-    assert retrieve.mentions(sentence, category) == expected
-
-
-def test_categories_by_hand(encoder, phantom, tmp_path, monkeypatch, capsys):
-    """Guards: "No nodule." read as a nodule; a score with its sign turned; a table of another
-    split; an image's heat map scored with another image's boxes; a picture without heat or
-    boxes."""
-    out = call(monkeypatch, capsys, "--checkpoint", encoder.source, "--data", phantom, "--split",
-               "train", "--categories", "Nodule", "unicorn", "--json", tmp_path / "c.json",
-               "--png", tmp_path / "c.png")
-    assert "AUROC" in out and "unicorn" in out and "c.png" in out
-    found = json.loads((tmp_path / "c.json").read_text())["categories"]
-    rows = data.read_manifest(phantom, "train")
-    labels = np.array([any("nodule" in r["phrase"] for r in row["regions"]) for row in rows])
+    test_rows = data.read_manifest(phantom, "test")
     with torch.no_grad():
-        image_emb = torch.cat([encoder.encode_image(row["path"]) for row in rows])
-        phrases = Counter(r["phrase"] for row in rows for r in row["regions"]
-                          if "nodule" in r["phrase"])
-        assert 1 < len(phrases) <= 20                          # so all are among the most common
-        yes = F.normalize(encoder.encode_text(list(phrases)).mean(0), dim=0)
-        no = encoder.encode_text(["No nodule."])[0]
-    score = (image_emb @ (yes - no)).numpy()
-    pairs = [(a > b) for a in score[labels] for b in score[~labels]]
-    assert found["Nodule"]["AUROC"] == pytest.approx(np.mean(pairs), abs=0.01)
-    assert found["Nodule"]["n_images"] == labels.sum() > 0
-    best = (image_emb @ yes).argsort(descending=True).numpy()
-    for k in (1, 2, 5, 10):
-        assert found["Nodule"][f"P@{k}"] == pytest.approx(labels[best[:k]].mean())
-    few = retrieve.category_scores(encoder, rows[:3], image_emb[:3], "nodule")
-    assert few["P@5"] == few["P@10"] == pytest.approx(labels[:3].mean())     # K above the pool
-    assert found["unicorn"]["AUROC"] is None and found["unicorn"]["P@10"] == 0
-    sheet = np.array(Image.open(tmp_path / "c.png")).astype(int)
-    assert sheet.shape == (448, 4 * 360, 3)                    # nodule alone: no unicorn is there
-    boxed = [r["boxes"][0] for row in rows for r in row["regions"] if "nodule" in r["phrase"]]
-    for n, box in enumerate(boxed[:4]):
-        cell = sheet[:360, n * 360:(n + 1) * 360]
-        x0, y0, x1, y1 = [4 + round(v * 351) for v in box]
-        edge = cell[y0:y1, x0 - 1:x0 + 2] == ImageColor.getrgb(data.COLOURS[0])
-        assert edge.all(-1).any(1).all()
-        assert 0.02 < (cell[..., 0] > cell[..., 2] + 30).mean() < 0.6      # warm colours
+        emb = torch.cat([encoder.encode_image(row["path"]) for row in test_rows])
+    table = data.sub_report_table(test_rows)
+    for way, values in retrieve.table_1(encoder, table, emb).items():
+        assert one[way] == pytest.approx(values)
+    text = call("--checkpoint", encoder.source, siglip, *flags)
+    both = json.loads((tmp_path / "t.json").read_text())
+    assert list(both) == [encoder.source, str(siglip)]
+    assert all(both[source]["t2i"] == one["t2i"] for source in both)
+    assert sum(line.startswith((encoder.source, str(siglip))) for line in text.splitlines()) == 4
 
 
-def test_a_heat_map_lies_where_it_is_hot(rows):
-    """Guards: a map turned or mirrored over its image; an image that no longer shows."""
-    image = data.load_image(rows[0]["path"])
-    heat = np.zeros((6, 6))
-    heat[1, 4] = 1.0                                           # row 1 of 6, column 4 of 6
-    picture = np.asarray(retrieve.over_image(heat, image)).astype(int)
-    warm = picture[..., 0] - picture[..., 2]
-    y, x = np.unravel_index(warm.argmax(), warm.shape)
-    assert abs(x / len(warm) - 4.5 / 6) < 0.1 and abs(y / len(warm) - 1.5 / 6) < 0.1
-    assert warm[len(warm) // 2:].max() < 5 and picture[len(warm) // 2:].std() > 10
-
-
-def test_search_by_image(encoder, phantom, tmp_path, monkeypatch, capsys):
-    """Guards: the query among its own neighbours, neighbours that are not the nearest, a contact
-    sheet without the query first or without boxes."""
+def test_search_by_image(encoder, phantom, tmp_path, call):
+    """Guards: the query among its own neighbours, also under the name of a link; neighbours that
+    are not the nearest; a contact sheet without the query first or without boxes."""
     rows = data.read_manifest(phantom, "test")
-    png, out = tmp_path / "new" / "sheet.png", tmp_path / "s.json"
-    text = call(monkeypatch, capsys, "--checkpoint", encoder.source, "--data", phantom, "--k", 4,
-                "--image", rows[2]["path"], "--png", png, "--json", out, "--device", "cpu")
+    png, out, link = tmp_path / "new" / "sheet.png", tmp_path / "s.json", tmp_path / "link.png"
+    link.symlink_to(rows[2]["path"])
+    text = call("--checkpoint", encoder.source, "--data", phantom, "--k", 4,
+                "--image", link, "--png", png, "--json", out, "--device", "cpu")
     found = json.loads(out.read_text())["results"]
     with torch.no_grad():
         emb = torch.cat([encoder.encode_image(row["path"]) for row in rows])
@@ -412,7 +409,7 @@ def test_search_by_image(encoder, phantom, tmp_path, monkeypatch, capsys):
                                                                  abs=1e-5)
     assert "left out" in text and f"{found[0]['similarity']:.4f}" in text
     assert all(row["report"][:40] in text for row in found)
-    assert f"--lvlm lofi --image {rows[2]['path']} --phrase" in text
+    assert f"--lvlm lofi --image {link} --phrase" in text
     sheet = np.array(Image.open(png))
     assert sheet.shape == (2 * 448, 3 * 360, 3)                # 5 cells
     assert sheet[1, 1].tolist() == [255, 165, 0] and sheet[1, 361].tolist() == [0, 0, 0]
@@ -427,11 +424,10 @@ def test_search_by_image(encoder, phantom, tmp_path, monkeypatch, capsys):
                 assert drawn[y - 1:y + 2, x0:x1].any(0).all(), row["image"]
 
 
-def test_search_by_text(encoder, phantom, tmp_path, monkeypatch, capsys):
+def test_search_by_text(encoder, phantom, tmp_path, call):
     """Guards: a text compared with texts; a long one cut in silence; a split that is ignored."""
-    monkeypatch.chdir(tmp_path)
     words = "Large left pleural effusion. " * 12
-    text = call(monkeypatch, capsys, "--checkpoint", encoder.source, "--data", phantom, "--text",
+    text = call("--checkpoint", encoder.source, "--data", phantom, "--text",
                 words, "--split", "all", "--k", 20, "--json", "s.json", "--device", "cpu")
     found = json.loads(Path("s.json").read_text())["results"]
     rows = data.read_manifest(phantom)
@@ -446,48 +442,14 @@ def test_search_by_text(encoder, phantom, tmp_path, monkeypatch, capsys):
     assert "to the text encoder's 32 tokens" in text and Path("runs/retrieve.png").is_file()
 
 
-def test_a_copy_of_the_query_is_known_by_its_bytes(encoder, phantom, tmp_path, monkeypatch, capsys):
-    """Guards: a copied or moved image found as its own nearest neighbour."""
-    row = data.read_manifest(phantom, "test")[2]
-    shutil.copy(row["path"], tmp_path / "copy.png")
-    text = call(monkeypatch, capsys, "--checkpoint", encoder.source, "--data", phantom, "--image",
-                tmp_path / "copy.png", "--k", 11, "--json", tmp_path / "s.json",
-                "--png", tmp_path / "s.png")
-    found = json.loads((tmp_path / "s.json").read_text())
-    assert "left out" in text and found["n_images"] == 11
-    assert row["image"] not in [one["image"] for one in found["results"]]
-
-
-def test_a_small_pool_gives_what_it_has(encoder, phantom, tmp_path, monkeypatch, capsys):
+def test_a_small_pool_gives_what_it_has(encoder, phantom, call):
     """Guards: the default --k refused on a pool of two images; a given --k lowered in silence."""
     flags = ("--checkpoint", encoder.source, "--data", phantom, "--split", "val", "--text", "Mass.",
-             "--png", tmp_path / "s.png", "--json", tmp_path / "s.json")
-    call(monkeypatch, capsys, *flags)
-    assert len(json.loads((tmp_path / "s.json").read_text())["results"]) == 2
+             "--json", "s.json")
+    call(*flags)
+    assert len(json.loads(Path("s.json").read_text())["results"]) == 2
     with pytest.raises(InputError, match="k is 3, expected 1 to 2"):
-        call(monkeypatch, capsys, *flags, "--k", 3)
-
-
-def test_no_output_replaces_an_input(encoder, phantom, tmp_path, monkeypatch, capsys):
-    """Guards: an X-ray, manifest or checkpoint overwritten by a picture or a result, through links
-    too; found out after the work is done."""
-    folder = shutil.copytree(phantom, tmp_path / "set")
-    image = Path(data.read_manifest(folder, "train")[0]["path"])
-    query, link = tmp_path / "query.png", tmp_path / "link.png"
-    shutil.copy(image, query)
-    link.symlink_to(image)
-    inputs = [query, link, image, folder / "manifest.jsonl",
-              Path(encoder.source, "model.safetensors"),
-              Path(encoder.source, "tokenizer", "tokenizer.json")]
-    before = [path.read_bytes() for path in inputs]
-    monkeypatch.setattr(Encoder, "load", lambda *_: pytest.fail("checked too late"))
-    flags = ("--checkpoint", encoder.source, "--data", folder)
-    searches = [("--image", query, flag, path) for flag in ("--png", "--json") for path in inputs]
-    tables = [("--json", path) for path in inputs[1:]]
-    for some in (*searches, *tables, ("--categories", "nodule", "--png", image)):
-        with pytest.raises(InputError, match="would be overwritten"):
-            call(monkeypatch, capsys, *flags, *some)
-    assert [path.read_bytes() for path in inputs] == before
+        call(*flags, "--k", 3)
 
 
 def test_a_very_narrow_image_is_drawn(tmp_path):
@@ -498,20 +460,9 @@ def test_a_very_narrow_image_is_drawn(tmp_path):
     assert retrieve.card("title", row).size == (360, 448)
 
 
-def test_a_result_in_a_run_folder_can_be_written_again(tmp_path):
-    """Guards: predictions in a run folder that cannot be continued; a run's own files replaced."""
-    for name in ("table_1.json", "p.jsonl", "metrics.json", "config.json", "log.jsonl"):
-        (tmp_path / name).write_text("{}")
-    retrieve.check_outputs({".json": tmp_path / "table_1.json", ".jsonl": tmp_path / "p.jsonl"},
-                           [], [], [tmp_path])
-    for name in ("metrics.json", "config.json", "log.jsonl"):
-        output = {Path(name).suffix: tmp_path / name}
-        with pytest.raises(InputError, match="would be overwritten"):
-            retrieve.check_outputs(output, [], [], [tmp_path])
-
-
 def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_path, monkeypatch):
-    """Guards: a run searched on the phantom that was trained on something else."""
+    """Guards: a run searched on the phantom, with exit code 0, that was trained on something else
+    or whose trainer.pt is missing."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="runs/phantom_data, its data, .*give --data"):
         retrieve.trained_on(encoder.source)
@@ -526,7 +477,11 @@ def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_pat
     with pytest.raises(InputError, match="/elsewhere/mimic, its data, .*give --data"):
         retrieve.trained_on(encoder.source)
     trainer.write_bytes(b"half")
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match="trainer.pt"):
+        retrieve.trained_on(encoder.source)
+    trainer.unlink()
+    Path(encoder.source, "log.jsonl").touch()                  # a run of train.py
+    with pytest.raises(InputError, match="trainer.pt: missing, so the run's data is not known"):
         retrieve.trained_on(encoder.source)
 
 
@@ -536,67 +491,47 @@ def test_data_come_from_the_training_of_the_checkpoint(encoder, phantom, tmp_pat
     (("--image", __file__), "cannot be read as an image"), (("--k", 13, "--text", "x"), "1 to 12"),
     (("--data", "nowhere"), "no such file"), (("--device", "tpu9"), "tpu9"),
     (("--split", "val", "--data", "test only"), "pool is empty"),
-    (("--png", "mine.txt", "--text", "x"), "expected a .png"), (("--json", "m.png"), "a .json")])
-def test_invalid_input_gets_one_line(encoder, phantom, tmp_path, monkeypatch, capsys, flags, words):
-    """Guards: a traceback, a search of something else than was asked for, a file half written."""
-    monkeypatch.chdir(tmp_path)
-    rows = [line for line in (phantom / "manifest.jsonl").read_text().splitlines()
-            if '"test"' in line]
-    shutil.copytree(phantom, "test only")
-    Path("test only/manifest.jsonl").write_text("\n".join(rows))
-    before = set(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match=words) as error:
-        call(monkeypatch, capsys, "--checkpoint", encoder.source, "--data", phantom, *flags)
-    assert "\n" not in str(error.value) and set(tmp_path.rglob("*")) == before
+    (("--image", "x.png", "--png", "x.png"), "x.png"),
+    (("--png", "mine.txt", "--text", "x"), "expected a .png"), (("--json", "m.png"), "a .json"),
+    (("--text", " "), "--text is empty"), (("--batch-size", "0"), "1 or more"),
+    (("--k", "0"), "1 or more"), (("--categories", "nodule", "--text", "x"), "not allowed with"),
+    (("--wrong",), "--wrong"), (("--checkpoint", "a", "b", "--text", "x"), "one for a search")])
+def test_wrong_input_gets_one_line(checkpoint, phantom, tmp_path, call, capsys, flags, words):
+    """Guards: a traceback, a flag that is ignored, a query image replaced by a picture, a file half
+    written."""
+    (tmp_path / "test only").mkdir()
+    rows = [line for line in open(phantom / "manifest.jsonl") if '"test"' in line]
+    (tmp_path / "test only" / "manifest.jsonl").write_text("".join(rows))
+    (tmp_path / "test only" / "images").symlink_to(phantom / "images")
+    shutil.copy(next((phantom / "images").glob("*.png")), tmp_path / "x.png")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises((InputError, SystemExit)) as error:
+        call("--checkpoint", checkpoint, "--data", phantom, *flags)
+    is_usage = isinstance(error.value, SystemExit)             # argparse's, on stderr
+    line = capsys.readouterr().err.splitlines()[-1] if is_usage else str(error.value)
+    assert words in line and "\n" not in line
+    assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--text", " "), "--text is empty"), (("--text", "caf\udce9"), "caf?: an argument is not"),
-    (("--batch-size", "0"), "1 or more"),
-    (("--categories", " ."), "an empty string"), (("--k", "0"), "1 or more"),
-    (("--categories", "nodule", "--text", "x"), "not allowed with"), (("--wrong",), "--wrong"),
-    (("--checkpoint", "a", "b", "--text", "x"), "expected one for a search")])
-def test_a_wrong_flag_is_one_line(tmp_path, flags, words):
-    """Guards: a flag that is ignored."""
-    assert words in run(ROOT / "retrieve.py", *flags, cwd=tmp_path, ok=False)
-
-
-def test_a_run_without_its_trainer_file_is_not_scored_on_the_phantom(tmp_path):
-    """Guards: Table 1 on data that the run was not trained on, with exit code 0."""
-    (tmp_path / "log.jsonl").touch()
-    with pytest.raises(InputError, match="trainer.pt: missing, so the run's data is not known"):
-        retrieve.trained_on(tmp_path)
-
-
-def test_an_error_is_one_line_and_an_exit_code(tmp_path):
+def test_an_error_is_one_line_and_an_exit_code(tmp_path, monkeypatch):
     """Guards: a traceback where a person forgot to train."""
-    line = run(ROOT / "retrieve.py", cwd=tmp_path, ok=False)
-    assert line.startswith("retrieve.py: runs/phantom: no such checkpoint; python train.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "retrieve.py")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "retrieve.py"), run_name="__main__")
+    assert end.value.code.startswith("retrieve.py: runs/phantom: no such checkpoint; python train")
+    assert "\n" not in end.value.code
 
 
-def test_help_is_the_manual():
-    """Guards: a flag that the design names and the parser lacks."""
-    text = run(ROOT / "retrieve.py", "--help")
-    for flag in "image text k checkpoint data split png json device batch-size".split():
-        assert f"--{flag}" in text
-    assert "Table 1" in text and "torchrun" in text
-
-
-def test_torchrun_gives_the_embeddings_of_one_process(encoder, phantom, tmp_path):
-    """Guards: images of a process lost or out of order, a result or a cache written twice,
-    processes that wait for each other for ever."""
-    rows = data.read_manifest(phantom)
-    alone = retrieve.image_embeddings(encoder, phantom, rows, batch_size=8)
-    [file] = cached(encoder)
-    file.unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               str(ROOT / "retrieve.py"), "--checkpoint", encoder.source, "--data", str(phantom),
-               "--split", "all", "--batch-size", "8", "--device", "cpu",
-               "--json", str(tmp_path / "t.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Image-to-Text") == 1 and done.stdout.count("Next:") == 1
+def test_two_processes_embed_as_one_does(encoder, phantom, tmp_path):
+    """Guards: images of a process lost or out of order, a result written twice, processes that wait
+    for each other for ever."""
+    printed = in_two_processes(retrieve.main, tmp_path, "--checkpoint", encoder.source, "--data",
+                               phantom, "--split", "all", "--batch-size", 8, "--device", "cpu",
+                               "--json", "t.json")
+    assert printed[0].count("Image-to-Text") == 1 and "Next:" in printed[0] and not printed[1]
     assert json.loads((tmp_path / "t.json").read_text())["n_images"] == 54
-    assert cached(encoder) == [file]
-    assert torch.allclose(lofi_model.read_weights(file)["emb"], alone, atol=1e-6)
+    rows = data.read_manifest(phantom)
+    encode, encoder.encode_image = encoder.encode_image, lambda *_: pytest.fail("not cached")
+    emb = retrieve.image_embeddings(encoder, phantom, rows)
+    assert torch.allclose(emb, torch.cat([encode(row["path"]) for row in rows]), atol=1e-6)
