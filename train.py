@@ -364,7 +364,7 @@ class Guard:
         scales = scaler.is_enabled() and not norm.isfinite() and scaler.get_scale() > 1
         if torch.stack(losses)[:, 0].isfinite().all() and (norm.isfinite() or scales):
             self.in_a_row = 0
-            return True                                        # scaler.step() skips it if it scales
+            return bool(norm.isfinite())                       # one norm clips both optimizers
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == MAX_SKIPPED:
             raise InputError(f"step {step + 1}: no finite loss or gradient in {MAX_SKIPPED} steps; "

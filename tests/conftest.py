@@ -1,6 +1,7 @@
 """What the tests share: a small phantom, and a LoFi of a few thousand weights with LoRA as in the
 paper."""
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -39,11 +40,17 @@ def rows(phantom):
     return data.read_manifest(phantom, "train")
 
 
-@pytest.fixture
-def model(rows):
-    """A new small LoFi, LoRA on random frozen towers."""
+@pytest.fixture(scope="session")
+def built_model(rows):
     torch.manual_seed(0)
     return LoFi.build(SMALL, data.tokenizer_texts(rows)).eval()
+
+
+@pytest.fixture
+def model(built_model):
+    """A new small LoFi, LoRA on random frozen towers: a copy, which is faster than building it."""
+    torch.manual_seed(0)
+    return copy.deepcopy(built_model)
 
 
 @pytest.fixture
