@@ -4,13 +4,14 @@
     python data.py covid-cxr --help   # convert a data set; also mimic-cxr, padchest-gr and ms-cxr
     python data.py check DIR          # read every row and image, count, draw a few with their boxes
 
-A data set is a folder with `manifest.jsonl`, one image a line (`report`, `regions` may be missing):
+A data set is a folder with `manifest.jsonl`, one image a line; `report`, `regions` and `labels`
+(findings that are there, for retrieve.py --categories) may each be missing:
 
     {"image": "images/0001.png", "study": "s1", "patient": "p1", "split": "train",
-     "report": "The heart is enlarged. ...",
+     "report": "The heart is enlarged. ...", "labels": ["cardiomegaly"],
      "regions": [{"phrase": "The heart is enlarged.", "boxes": [[0.38, 0.51, 0.78, 0.84]]}]}
 
-Boxes are (x0, y0, x1, y1), fractions of the width and height of the original image. The image is
+Boxes are (x0, y0, x1, y1), fractions of the width and height of the upright image. The image is
 stretched to the encoder's square, so a box is the same fraction of the model's input.
 
 In each training step the row above gives its image, a text for Eq. 1 and one of three tasks:
@@ -19,13 +20,14 @@ In each training step the row above gives its image, a text for Eq. 1 and one of
     "c"   captioning      "Report this medical scan."                -> "The heart is enlarged. ..."
     "g"   grounding       "Detect all instances of: The heart ..."   -> "380 510 780 840"
     "d"   dense captions  "Describe the regions: 380 510 780 840"    -> "The heart is enlarged."
+
+Below: manifest, boxes, tasks, sentences, images, samples and batches. The method ends there; then
+pictures, checks, the phantom, the converters, files and errors (for all scripts), the command.
 """
 
 import argparse
 import contextlib
 import csv
-import difflib
-import filecmp
 import functools
 import gzip
 import io
@@ -34,26 +36,23 @@ import json
 import math
 import os
 import re
-import shlex
+import string
 import sys
 import tempfile
 import textwrap
+import uuid
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from metrics import (DAMAGED, InputError, box_iou, box_problem, check_output, check_ranges,
-                     drop_degenerate, first_line, format_table, run_command, write_file, write_json)
-
-# torch and transformers, which take seconds to import, are imported only in the few functions that
-# use them; the commands of this file do not.
-
+# torch and transformers, which take seconds to import, are imported in the three functions that
+# need them: the commands of this file and the processes that draw the phantom do without.
 
 # ---- the manifest: one image a row ---------------------------------------------------------------
 
@@ -72,66 +71,120 @@ def manifest_path(data):
 def read_manifest(data, split=None):
     """The rows of a manifest (of one split), each checked, plus "path": the image's full path.
 
-    Boxes of almost no area are dropped. Raises InputError with file and line for an invalid row."""
+    White space is collapsed; equal phrases of an image become one region; boxes of almost no area
+    are dropped. Raises InputError with file and line for an invalid row."""
     path, rows = manifest_path(data), []
     for number, row, problem in scan_manifest(data):
         if problem:
             raise InputError(f"{path}:{number}: {problem}")
         if split in (None, row["split"]):
-            regions = [{**region, "boxes": drop_degenerate(region["boxes"])}
-                       for region in row.get("regions") or []]
-            rows.append({**row, "report": " ".join((row.get("report") or "").split()),
-                         "regions": regions, "path": str(path.parent / row["image"])})
+            boxes = defaultdict(dict)                          # phrase -> its boxes, each once
+            for region in row.get("regions") or []:
+                found = map(tuple, drop_degenerate(region["boxes"]))
+                boxes[one_line(region["phrase"])] |= dict.fromkeys(found)
+            rows.append({**row, "report": one_line(row.get("report")),
+                         "regions": [{"phrase": phrase, "boxes": [*map(list, found)]}
+                                     for phrase, found in boxes.items()],
+                         "path": str(path.parent / row["image"])})
     if not rows:
         raise InputError(f"{path}: no rows" + (f" with split {split!r}" if split else ""))
     return rows
 
 
-# ---- boxes as text: integers in [0, 1000], x first, in a fixed order (Sec. 2.0.4) ----------------
+def one_line(text):
+    """Text with its white space collapsed; "" for anything else (None, NaN)."""
+    return " ".join(text.split()) if isinstance(text, str) else ""
 
-NO_BOXES = "none"                                           # not stated in the paper
+
+def study_of(row):
+    """What identifies a study: some data sets number the studies of each patient from 1."""
+    return row["patient"], row["study"]
+
+
+# ---- boxes, and boxes as text: integers in [0, 1000], x first, in a fixed order (Sec. 2.0.4) -----
+
+def box_problem(box):
+    """An error message for an invalid box, expected [x0, y0, x1, y1] in fractions; else None."""
+    if not (isinstance(box, list) and len(box) == 4
+            and all(type(v) in (int, float) and abs(v) < np.inf for v in box)):  # nor NaN
+        return "is not a list of 4 numbers, or has one that is not finite"
+    if max(box) > 2:
+        return ("is not in fractions of the image: divide pixels by its width and height, percent "
+                "by 100, thousandths by 1000")
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return "has x1 <= x0 or y1 <= y0: corners are expected, not x, y, width, height"
+    if min(box) < -1e-6 or max(box) > 1 + 1e-6:
+        return "leaves the image: clip it to [0, 1]"
+
+
+def drop_degenerate(boxes):
+    """Remove boxes narrower or lower than a millionth of the image, whose area is 0."""
+    return [box for box in boxes if box[2] - box[0] >= 1e-6 and box[3] - box[1] >= 1e-6]
+
+
+def box_iou(a, b, generalized=False):
+    """IoU = intersection / union. (N, 4), (M, 4) -> (N, M), in [0, 1].
+    generalized: GIoU = IoU - (hull - union) / hull, in (-1, 1], with the enclosing box as hull
+    (Rezatofighi et al. 2019). (0, 0, .2, .2), (.4, 0, .6, .2): 0 - (.12 - .08) / .12 = -1/3."""
+    a, b = np.asarray(a, float).reshape(len(a), 1, 4), np.asarray(b, float).reshape(1, len(b), 4)
+    for box in (a, b):                                         # checked where a file is read
+        assert (box[..., :2] < box[..., 2:]).all(), f"expected x0 < x1 and y0 < y1, got {box}"
+    low, high = np.minimum(a, b), np.maximum(a, b)                                 # (N, M, 4)
+    inter = (low[..., 2:] - high[..., :2]).clip(0).prod(-1)                        # (N, M)
+    union = sum((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)) - inter
+    hull = (high[..., 2:] - low[..., :2]).prod(-1)
+    iou = inter / union
+    return iou - (hull - union) / hull if generalized else iou
+
+
+CUT = "…"                                       # ends an answer that ran out of tokens
 BOX_PATTERN = re.compile(r"\d{1,4} \d{1,4} \d{1,4} \d{1,4}", re.ASCII)
+HALF_A_BOX = re.compile(r"(\d{1,4} ?){0,3}", re.ASCII)
 
 
 def boxes_to_text(boxes):
-    """[(x0, y0, x1, y1), ...], fractions -> "380 510 780 840; ...", left to right, or "none"."""
+    """[(x0, y0, x1, y1), ...], fractions -> "380 510 780 840; ...", left to right."""
     rounded = []
     for x0, y0, x1, y1 in boxes:
         x0, y0 = (min(999, round(1000 * v)) for v in (x0, y0))
         x1, y1 = max(x0 + 1, round(1000 * x1)), max(y0 + 1, round(1000 * y1))  # never empty
         rounded.append((x0, y0, x1, y1))
     # A fixed order, left to right: the decoder need not guess which of several boxes comes first.
-    return "; ".join(" ".join(map(str, box)) for box in sorted(rounded)) or NO_BOXES
+    return "; ".join(" ".join(map(str, box)) for box in sorted(rounded))
 
 
 def text_to_boxes(text):
-    """The inverse: -> (boxes, malformed). Text that is not exactly box text gives ([], True)."""
+    """The inverse of boxes_to_text -> (boxes, malformed). Of text that was cut off, the complete
+    boxes before its end count; other text that is not exactly box text gives ([], True)."""
     parts = text.strip().split("; ")
-    if not all(BOX_PATTERN.fullmatch(part) for part in parts):
-        return [], text.strip() != NO_BOXES
+    if text.endswith(CUT) or len(parts) > 1 and HALF_A_BOX.fullmatch(parts[-1]):
+        parts.pop()
+    if not parts or not all(BOX_PATTERN.fullmatch(part) for part in parts):
+        return [], True
     boxes = [[int(v) / 1000 for v in part.split()] for part in parts]
     if not all(x0 < x1 <= 1 and y0 < y1 <= 1 for x0, y0, x1, y1 in boxes):
         return [], True
     return boxes, False
 
 
-# ---- prompts (Eq. 2, 3, L_d), the draw of a task, sentences of a report --------------------------
+# ---- prompts (Eq. 2, 3, L_d) and the draw of a task ----------------------------------------------
 
 # The paper prints only the beginning of the last two prompts; their endings are not stated in it.
 CAPTIONING_PROMPT = "Report this medical scan."             # P_c
 GROUNDING_PROMPT = "Detect all instances of: {phrase}"      # P_g
 DENSE_CAPTIONING_PROMPT = "Describe the regions: {boxes}"   # P_d
 
-# tau of L_t and its weight: L_c and L_g,d "contribute equally" (Sec. 2.0.1), so captioning is
-# drawn half of the time, grounding and dense captioning a quarter each. (With several regions of an
-# image in a step, as in the miniature, g and d have more rows, and so more weight.)
-TASK_WEIGHT = {"c": 2, "g": 1, "d": 1}
+TASKS = "cgd"                # tau of L_t: captioning, grounding, dense captioning
+# L_c and L_g,d "contribute equally" (Sec. 2.0.1): captioning is drawn half of the time, the others
+# a quarter each. (With several regions of an image in a step, as in the miniature, g and d have
+# more rows, and so more weight.)
+TASK_WEIGHT = dict(zip(TASKS, (2, 1, 1)))
 
 
-def possible_tasks(report, regions, objectives="cgd"):
+def possible_tasks(report, regions, objectives=TASKS):
     """The tasks that an image can serve: c needs a report, g and d need a region with boxes."""
     has_boxes = any(region["boxes"] for region in regions)
-    return [task for task in TASK_WEIGHT
+    return [task for task in TASKS
             if task in objectives and (report if task == "c" else has_boxes)]
 
 
@@ -156,13 +209,40 @@ def sample_tasks(report, regions, objectives, n_regions, rng):
     return rows
 
 
+# ---- sentences of a report -----------------------------------------------------------------------
+
+# A stop, quotes or brackets, then white space or a capital; stops of other scripts stand alone.
+STOP = re.compile(r"""[.!?]+[)\]"'”’»]*\s+|(?<=[^\W\d_A-Z]{2})\.(?=[A-ZÀ-ÞА-Я\0])
+    |[;；]\s*(?=\0)|[。．｡！？।۔]+[)\]"'”’」』）]*\s*""", re.VERBOSE)
+LIST_NUMBER = re.compile(r"""(?:^|(?<=[.!?:;]\s)|(?<=[^\W\d_]{2}\.)|(?<=[。．｡；：]))
+    \(?(?:\d{1,2}|[IVX]{2,4})[.)、](?:\s+|(?!\d))(?=[\w("“])""", re.VERBOSE)
+ABBREVIATION = re.compile(r"""\b(?:(?i:drs?|prof|mrs?|ms|sra?|dra|st|jr|vs|cf|aprox|approx|[rl]t
+    |e\.g|i\.e|p\.?\s?ej|[vz](?:\.\s?[abn])?)\.\s+.|(?<!\.)[A-Z]\.\s+[^\W\d]  # an initial
+    |(?i:nos?|figs?|ca|img?|ser|th?|jan|feb|mar|apr|aug|sept?|oct|nov|dec)\.\s+\d)$""", re.VERBOSE)
+
+
+@functools.lru_cache(maxsize=100_000)
 def split_sentences(report):
-    """Sentences of a report: cut after . ! or ? before white space and a capital or a digit."""
-    return [s for s in re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", report.strip()) if s]
+    """Sentences of a report, without list numbers.
+
+    A sentence ends at . ! or ? before white space and anything but a lower-case letter, unless it
+    is an abbreviation or an initial. Where few sentences begin with a capital, each stop counts."""
+    def abbreviated(text, i):                                  # does text[i] follow one?
+        return ABBREVIATION.search(text[max(0, i - 12):i + 1])
+    text = LIST_NUMBER.sub(lambda number: number[0] if abbreviated(number.string, number.start())
+                           else "\0", report.strip())          # a sentence may begin at "\0"
+    ends = (stop.end() for stop in STOP.finditer(text))
+    starts = [0] + [i for i in ends if i < len(text) and not abbreviated(text, i)]
+    n_capitals = sum(text[i:i + 2].istitle() for i in starts)  # The, A; not PICC
+    if n_capitals and n_capitals >= sum(text[i].islower() for i in starts):
+        starts = [i for i in starts if i == 0 or not text[i].islower()]
+    sentences = [text[i:j].replace("\0", "").strip() for i, j in zip(starts, [*starts[1:], None])]
+    return [sentence for sentence in sentences if re.search(r"\w", sentence)]
 
 
 def sample_sentences(sentences, rng, low=4, high=8):
-    """4 to 8 random sentences of a report, in their order (Sec. 2.0.4); fewer if it has fewer."""
+    """4 to 8 random sentences of a report (Sec. 2.0.4), in their order (not stated in the paper);
+    fewer if it has fewer."""
     n = min(len(sentences), rng.integers(low, high + 1))
     return [sentences[i] for i in sorted(rng.choice(len(sentences), n, replace=False))]
 
@@ -174,12 +254,13 @@ def sub_reports(report, length=5):
 
 
 def sub_report_table(rows):
-    """Table 1's images and texts: of each study the first image with a report, and its sub-reports.
+    """Table 1's images and texts: of each study the first image with a report (not stated in the
+    paper), and its sub-reports.
     -> images: indices into rows; texts; owner: (texts,) the index in images of each text's image"""
     first_of_study = {}
     for i, row in enumerate(rows):
         if row["report"]:
-            first_of_study.setdefault(row["study"], i)
+            first_of_study.setdefault(study_of(row), i)
     images = list(first_of_study.values())
     pairs = [(n, text) for n, i in enumerate(images) for text in sub_reports(rows[i]["report"])]
     return images, [text for _, text in pairs], np.array([n for n, _ in pairs], int)
@@ -187,7 +268,21 @@ def sub_report_table(rows):
 
 # ---- images: any mode to 8-bit grey, and augmentation --------------------------------------------
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+@contextlib.contextmanager
+def open_image(source):
+    """Open a file (a path, or a zipfile.Path) as a PIL image that is not yet decoded."""
+    # By a file handle: Pillow reads some TIFF files with an orientation wrongly by their path.
+    with (source.open("rb") if hasattr(source, "open") else open(source, "rb")) as file:
+        with Image.open(file) as image:
+            yield image
+
+
+def image_shape(path):
+    """(width, height) of an image file as it is seen upright; only its header is read."""
+    with open_image(path) as image:
+        # orientations 5 to 8 are a quarter turn; of TIFF files Pillow gives the upright size
+        is_turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) >= 5
+        return image.size[::-1] if is_turned else image.size
 
 
 def window_levels(values):
@@ -199,30 +294,46 @@ def window_levels(values):
     return (np.clip((values - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
 
 
-def load_image(path, size=None):
-    """Read an image of any mode as 8-bit grey (PIL "L"), stretched to (size, size) if given.
+def load_image(source, size=None):
+    """Read an image of any mode as upright 8-bit grey (PIL "L"), stretched to a square of `size`.
 
-    path: of a file, or a PIL image. 16-bit, 32-bit and float images, and 8-bit ones that use less
-    than a quarter of the range, are windowed; transparency is black. Raises InputError."""
+    source: path, PIL image, or (h, w) or (h, w, 3) uint8 array. 16-bit, 32-bit and float images,
+    and 8-bit ones that use less than a quarter of the range, are windowed; transparency is black.
+    Raises InputError."""
     try:
-        with path.copy() if isinstance(path, Image.Image) else Image.open(path) as image:
-            if size and image.format == "JPEG":
-                image.draft("L", (size, size))                 # JPEG: decode at 1/2, 1/4 or 1/8
-            image.load()
-            if image.mode.startswith("I") or image.mode == "F":
-                image = Image.fromarray(window_levels(image))
-            elif image.has_transparency_data:
-                black = Image.new("RGBA", image.size, "black")
-                image = Image.alpha_composite(black, image.convert("RGBA"))
-            image = image.convert("L")
-    except UNREADABLE as error:
+        if isinstance(source, np.ndarray) and source.dtype == np.uint8:
+            image = to_grey(Image.fromarray(source), size)
+        elif isinstance(source, Image.Image):
+            image = to_grey(source.copy(), size)
+        elif isinstance(source, (str, os.PathLike, zipfile.Path)):
+            with open_image(source) as opened:
+                image = to_grey(opened, size)
+        else:
+            raise TypeError("expected a path, a PIL image or a uint8 array")
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        is_file = isinstance(source, (str, os.PathLike, zipfile.Path))
+        name = source if is_file else f"{type(source).__name__} {getattr(source, 'dtype', '')}"
         hint = ("; if it is a DICOM file, convert it to PNG first"
                 if isinstance(error, UnidentifiedImageError) else "")
-        raise InputError(f"{path}: cannot be read as an image ({first_line(error)}){hint}")
-    low, high = image.getextrema()
-    if 0 < high - low < 64:
-        image = Image.fromarray(window_levels(image))
+        raise InputError(f"{name}: cannot be read as an image ({first_line(error)}){hint}")
     return image.resize((size, size), Image.Resampling.BILINEAR) if size else image
+
+
+def to_grey(image, size=None):
+    """An opened image -> PIL "L", upright. size: JPEG files are decoded not much larger."""
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":    # MPO: a phone's JPEG
+        raise ValueError(f"it has {image.n_frames} frames; save the one to use as a PNG")
+    if size and image.format == "JPEG":
+        image.draft("L", (size, size))                         # decode at 1/2, 1/4 or 1/8
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(window_levels(image))
+    elif image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    image = image.convert("L")
+    low, high = image.getextrema()
+    return Image.fromarray(window_levels(image)) if 0 < high - low < 64 else image
 
 
 def augment(image, regions, size, strength, rng):
@@ -264,35 +375,62 @@ def text_ids(tokenizer, texts, length):
     import torch
     ids = torch.full((len(texts), length), tokenizer.pad_token_id)
     for row, text in zip(ids, texts):
-        tokens = plain_ids(tokenizer, text.lower())[:length - 1] + [tokenizer.eos_token_id]
+        tokens = plain_ids(tokenizer, siglip_text(tokenizer, text))[:length - 1]
+        tokens = tokens + [tokenizer.eos_token_id]
         row[:len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+def siglip_text(tokenizer, text):
+    """Lower case and, for SigLIP 1 (MedSigLIP), no punctuation, as its own tokenizer has it."""
+    if tokenizer.init_kwargs.get("drops_punctuation"):         # model.load_tokenizer sets it
+        text = one_line(text.translate(str.maketrans("", "", string.punctuation)))
+    return text.lower()
+
+
+def prompt_ids(tokenizer, prompt, most=256):
+    """Token ids of a prompt and a line break before the target (not stated in the paper); a prompt
+    of over 256 tokens is cut, and a line says so once."""
+    ids = plain_ids(tokenizer, prompt + "\n")
+    if len(ids) > most:
+        say_once(f"note: a prompt of over {most} tokens is cut to {most}", file=sys.stderr)
+        ids = ids[:most - 1] + plain_ids(tokenizer, "\n")
     return ids
 
 
 say_once = functools.cache(print)               # the same line only once per process
 
 
-def cut_text(tokenizer, text, length=256):
-    """Cut a prompt's text to its first `length` tokens; the first time, say so on stderr."""
-    if len(text.encode()) <= length or len(plain_ids(tokenizer, text)) <= length:
-        return text                                            # so most texts need no tokenizing
-    say_once(f"note: a prompt of over {length} tokens is cut to its first {length}",
-             file=sys.stderr)
-    return tokenizer.decode(plain_ids(tokenizer, text)[:length])
+@functools.lru_cache(maxsize=100_000)
+def target_ids(tokenizer, target, most):
+    """Token ids of a target and <eos>, at most `most` (not stated in the paper): one that is too
+    long ends after its last whole box or sentence, or, if that is its first, within it."""
+    ids = plain_ids(tokenizer, target)
+    glue = "; " if BOX_PATTERN.match(target) else " "
+    parts = target.split(glue) if glue == "; " else split_sentences(target)
+    while len(ids) >= most and len(parts) > 1:
+        parts = parts[:-1]
+        ids = plain_ids(tokenizer, glue.join(parts))
+    return ids[:most - 1] + [tokenizer.eos_token_id]
 
 
-def prompt_ids(tokenizer, prompt):
-    """Token ids of a prompt and a line break before the target (not stated in the paper)."""
-    return plain_ids(tokenizer, cut_text(tokenizer, prompt) + "\n")
+def count_cut_targets(tokenizer, rows, most):
+    """How many reports, phrases and box texts of manifest rows target_ids cuts, of how many."""
+    targets = [row["report"] for row in rows if row["report"]] + [
+        text for row in rows for region in row["regions"] if region["boxes"]
+        for text in (region["phrase"], boxes_to_text(region["boxes"]))]
+    n_cut = sum(len(target.encode()) >= most and len(plain_ids(tokenizer, target)) >= most
+                for target in targets)                         # a token has one byte or more
+    return n_cut, len(targets)
 
 
 class ChestXrays:
     """Training samples of manifest rows: a map-style dataset for torch.utils.data.DataLoader.
 
     Indexed by (epoch, i), which alone fixes the random draws. A sample: {"image": (size, size)
-    uint8, "path": str, "text": str, "tasks": [(task, prompt, target), ...]}, or {"bad": message}
-    for an unreadable image. objectives: letters of "scgd"; n_regions: at most, per image and step;
-    augmented: strength; cached: keep decoded images in memory."""
+    uint8, "text": str, "tasks": [(task, prompt, target), ...]}. objectives: letters of "scgd";
+    n_regions: at most, per image and step; augmented: strength; cached: keep decoded images in
+    memory. Raises InputError for an unreadable image."""
 
     def __init__(self, rows, size, objectives="scgd", n_regions=1, augmented=0.0, cached=False,
                  seed=0):
@@ -306,17 +444,16 @@ class ChestXrays:
         epoch, i = key
         row, rng = self.rows[i], np.random.default_rng([self.seed, epoch, i])
         regions, image = row["regions"], self.cache.get(i)
-        try:                                                   # twice the size, if it is cropped
-            image = image or load_image(row["path"], self.size * (2 if self.augmented else 1))
-        except InputError as error:
-            return {"bad": str(error)}
+        # twice the size, if it is cropped
+        image = image or load_image(row["path"], self.size * (2 if self.augmented else 1))
         if self.cached:
             self.cache[i] = image
         if self.augmented:
             image, regions = augment(image, regions, self.size, self.augmented, rng)
-        # T of Eq. 1: sentences of the report; where there is none, the phrases stand in for it.
+        # T of Eq. 1: sentences of the report; where there is none, the phrases stand in for it
+        # (not stated in the paper).
         sentences = split_sentences(row["report"]) or [r["phrase"] for r in row["regions"]]
-        return {"image": np.array(image), "path": row["path"],                 # (S, S) uint8
+        return {"image": np.array(image),                                      # (S, S) uint8
                 "text": " ".join(sample_sentences(sentences, rng)),
                 "tasks": sample_tasks(row["report"], regions, self.objectives, self.n_regions, rng)}
 
@@ -326,7 +463,7 @@ class Collate:
 
     image (B, S, S) uint8; text (B, T) ids, if there is a text tokenizer; ids (R, L): prompt,
     target, <eos>, padding; is_target (R, L): target and <eos>; image_of_row (R,): index in image;
-    task_of_row (R,): index in losses.TASKS; paths: of the images; bad: messages."""
+    task_of_row (R,): index in TASKS."""
 
     def __init__(self, text_tokenizer, text_length, llm_tokenizer, max_target):
         self.text_tokenizer, self.text_length = text_tokenizer, text_length
@@ -334,16 +471,11 @@ class Collate:
 
     def __call__(self, samples):
         import torch
-        bad = [s["bad"] for s in samples if "bad" in s]
-        samples = [s for s in samples if "bad" not in s]
-        if not samples:
-            return {"image": torch.zeros(0), "bad": bad}
-        rows, llm, tasks = [], self.llm_tokenizer, list(TASK_WEIGHT)         # as losses.TASKS
+        rows, llm = [], self.llm_tokenizer
         for i, sample in enumerate(samples):
             for task, prompt, target in sample["tasks"]:
-                prompt, target = prompt_ids(llm, prompt), plain_ids(llm, target)
-                target = (target + [llm.eos_token_id])[:self.max_target]     # if cut, no <eos>
-                rows.append((i, tasks.index(task), prompt + target, len(prompt)))
+                prompt, target = prompt_ids(llm, prompt), target_ids(llm, target, self.max_target)
+                rows.append((i, TASKS.index(task), prompt + target, len(prompt)))
         length = max((len(tokens) for _, _, tokens, _ in rows), default=0)
         ids = torch.full((len(rows), length), llm.pad_token_id)                        # (R, L)
         is_target = torch.zeros_like(ids, dtype=torch.bool)                            # (R, L)
@@ -351,10 +483,9 @@ class Collate:
             ids[n, :len(tokens)] = torch.tensor(tokens)
             is_target[n, n_prompt:len(tokens)] = True
         batch = {"image": torch.from_numpy(np.stack([s["image"] for s in samples])),   # (B, S, S)
-                 "ids": ids, "is_target": is_target, "bad": bad,
+                 "ids": ids, "is_target": is_target,
                  "image_of_row": torch.tensor([i for i, *_ in rows], dtype=torch.long),
-                 "task_of_row": torch.tensor([task for _, task, *_ in rows], dtype=torch.long),
-                 "paths": [s["path"] for s in samples]}
+                 "task_of_row": torch.tensor([task for _, task, *_ in rows], dtype=torch.long)}
         if self.text_tokenizer:
             batch["text"] = text_ids(self.text_tokenizer, [s["text"] for s in samples],
                                      self.text_length)                                 # (B, T)
@@ -362,7 +493,7 @@ class Collate:
 
 
 # ==================================================================================================
-# The method ends here. Below: pictures, checks of the manifest, the phantom, converters, commands.
+# The method ends here. Below: pictures, checks, phantom, converters, errors and files, commands.
 # ==================================================================================================
 
 
@@ -385,20 +516,55 @@ def tokenizer_texts(rows):
     return prompts + [r["report"] for r in rows] + [g["phrase"] for r in rows for g in r["regions"]]
 
 
+@functools.cache
+def font(size, text=""):
+    """A font of the system with accents, or with the characters of Chinese, Japanese and Korean
+    text; Pillow's own where there is none."""
+    wide = ["NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "msyh.ttc", "PingFang.ttc"]
+    is_wide = max(text, default="") > "\u2e80"
+    for name in (wide if is_wide else []) + ["DejaVuSans.ttf", "Arial.ttf"]:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 COLOURS = ("#ffd21f", "#ff7ab8", "#7fb8ff", "#ffa14a", "#b6f06a", "#c99cff")
 
 
 def draw_boxes(image, regions):
-    """Draw boxes on an image (PIL "RGB"), in place, and list their phrases in the same colours."""
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    """Draw boxes on an image (PIL "RGB"), in place, and list their phrases in the same colours; of
+    regions with "dashed" the boxes are dashed."""
+    pen = ImageDraw.Draw(image)
     coloured = list(zip([r for r in regions if r["boxes"]], itertools.cycle(COLOURS)))
     for n, (region, colour) in enumerate(coloured):
         phrase = textwrap.shorten(region["phrase"], 44, placeholder=" ...")
-        pen.text((5, 3 + 16 * n), phrase, colour, font, stroke_width=2, stroke_fill="black")
+        pen.text((5, 3 + 16 * n), phrase, colour, font(13, phrase), stroke_width=2,
+                 stroke_fill="black")
     for region, colour in coloured:
         for box in region["boxes"]:                            # last, so text hides no edge
-            corners = [v * max(0, n - 1) for v, n in zip(box, image.size * 2)]
-            pen.rectangle(corners, outline=colour, width=2)
+            x0, y0, x1, y1 = (v * max(0, n - 1) for v, n in zip(box, image.size * 2))
+            if not region.get("dashed"):
+                pen.rectangle((x0, y0, x1, y1), outline=colour, width=2)
+                continue
+            for x in np.arange(x0, x1, 16):
+                pen.line((x, y0, min(x + 8, x1), y0), colour, 2)
+                pen.line((x, y1, min(x + 8, x1), y1), colour, 2)
+            for y in np.arange(y0, y1, 16):
+                pen.line((x0, y, x0, min(y + 8, y1)), colour, 2)
+                pen.line((x1, y, x1, min(y + 8, y1)), colour, 2)
+
+
+def cell(image, regions, caption, frame="black", size=360):
+    """A cell of a sheet: an image with boxes and phrases, and four lines of caption below."""
+    image = ImageOps.contain(image.convert("RGB"), (size - 8, size - 8))
+    draw_boxes(image, regions)
+    picture = Image.new("RGB", (size, size + 88), (18, 18, 18))
+    picture.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    lines = [line for part in caption.splitlines() for line in textwrap.wrap(part, 44)]
+    pen, text = ImageDraw.Draw(picture), "\n".join(lines[:4])
+    pen.text((8, size + 4), text, "white", font(14, text))
+    pen.rectangle([0, 0, size - 1, size + 87], outline=frame, width=3)
+    return picture
 
 
 def tile(cells, columns):
@@ -422,7 +588,9 @@ def map_ahead(pool, function, items, ahead):
 
 # ---- checks of a manifest ------------------------------------------------------------------------
 
-ROW_KEYS = ("image", "study", "patient", "split", "report", "regions")
+ROW_KEYS = {"image": str, "study": str, "patient": str, "split": str,
+            "report": str | None, "regions": list | None, "labels": list | None}
+PLACEHOLDERS = ("nan", "none", "null", "<na>")
 
 
 def scan_manifest(data):
@@ -432,16 +600,12 @@ def scan_manifest(data):
         for number, line in enumerate(lines, 1):
             row = None
             try:
-                line = line.decode("utf-8-sig").strip()
-                if not line:
+                if not (line := line.decode("utf-8-sig").strip()):
                     continue
                 row = json.loads(line)
-                if "\\u" in line:                              # reject lone surrogates
-                    json.dumps(row, ensure_ascii=False).encode()
+                json.dumps(row, ensure_ascii=False).encode()   # no lone surrogates
                 problem = row_problem(row, path.parent)
-            except OSError as error:                           # a name of 5,000 characters
-                problem = f"'image' cannot be looked up ({error.strerror})"
-            except (ValueError, RecursionError) as error:
+            except (ValueError, RecursionError, OSError) as error:     # OSError: an endless name
                 problem = f"expected one JSON object a line, in UTF-8: {first_line(error)}"
             yield number, row, problem
 
@@ -450,15 +614,20 @@ def row_problem(row, folder):
     """An error message for an invalid row of the manifest, else None."""
     if not isinstance(row, dict):
         return f"expected one JSON object a line, got {type(row).__name__}"
-    for key, kind in zip(ROW_KEYS, (str, str, str, str, str | None, list | None)):
+    for key, kind in ROW_KEYS.items():
         value = row.get(key)
-        if not isinstance(value, kind) or (kind is str and not value):
-            return f"{key!r} is {value!r:.80}, expected {'a list' if key == 'regions' else 'text'}"
+        if not isinstance(value, kind) or kind is str and not value.strip():
+            expected = "a list" if kind == list | None else "text"
+            return f"{key!r} is {value!r:.80}, expected {expected}"
+        if isinstance(value, str) and value.strip().lower() in PLACEHOLDERS:
+            return f"{key!r} is {value!r}: a missing value written as text; leave the key out"
     if row["split"] not in SPLITS:
         return f"'split' is {row['split']!r:.80}, expected one of {', '.join(SPLITS)}"
+    if not all(isinstance(label, str) for label in row.get("labels") or []):
+        return f"'labels' is {row['labels']!r:.80}, expected a list of words"
     for region in row.get("regions") or []:
         if not isinstance(region, dict) or not isinstance(region.get("boxes"), list) \
-                or not isinstance(region.get("phrase"), str) or not region["phrase"].strip():
+                or one_line(region.get("phrase")).lower() in ("", *PLACEHOLDERS):
             return f"region {region!r:.120}, expected 'phrase' and 'boxes': [[x0, y0, x1, y1], ...]"
         for box in region["boxes"]:
             if problem := box_problem(box):
@@ -469,27 +638,21 @@ def row_problem(row, folder):
 
 
 def find_row(rows, image):
-    """The row whose image is this file or, by its bytes, a copy of it; None if there is none."""
-    same = [row for row in rows if filecmp.cmp(row["path"], image, shallow=False)]
-    return max(same, key=lambda row: os.path.samefile(row["path"], image), default=None)
+    """The row whose image is this file, under any path; None if there is none."""
+    return next((row for row in rows if os.path.samefile(row["path"], image)), None)
 
 
 def manifest_notes(rows):
     """Warnings about valid but suspicious rows of a manifest, one line each; reads no image."""
-    regions = [region for row in rows for region in row.get("regions") or []]
-    boxes = [box for region in regions for box in region["boxes"]]
+    reports = [row["report"] for row in rows if row.get("report")]
+    reports = reports[::1 + len(reports) // 1000]              # of a large set, about a thousand
+    n_single = sum(len(split_sentences(report)) == 1 for report in reports)
+    notes = [f"unknown key {key!r}, not read: {n:,}" for key, n in Counter(
+        key for row in rows for key in row.keys() - ROW_KEYS.keys() - {"path"}).items()]
+    if 2 * n_single > len(reports):
+        notes.append(f"{n_single:,} of {len(reports):,} reports looked at are a single sentence; "
+                     "do their sentences end with a full stop?")
     patients = {split: {r["patient"] for r in rows if r["split"] == split} for split in SPLITS}
-    counts = {"rows repeated word for word": len(rows) - len({hash(str(row)) for row in rows}),
-              "rows whose image another row has": len(rows) - len({r["image"] for r in rows}),
-              "rows with neither report nor regions":
-                  sum(not (row.get("report") or row.get("regions")) for row in rows),
-              "boxes of almost no area, dropped when read":
-                  len(boxes) - len(drop_degenerate(boxes))}
-    notes = [f"{words}: {n:,}" for words, n in counts.items() if n]
-    for things, known in ((rows, (*ROW_KEYS, "path")), (regions, ("phrase", "boxes"))):
-        for key, n in Counter(key for thing in things for key in thing if key not in known).items():
-            meant = "".join(f"; is {k!r} meant?" for k in difflib.get_close_matches(key, known, 1))
-            notes.append(f"unknown key {key!r}, not read: {n:,}{meant}")
     notes += [f"no rows of split {split!r}" for split in ("val", "test") if not patients[split]]
     for first, second in itertools.combinations(SPLITS, 2):
         if shared := patients[first] & patients[second]:
@@ -501,11 +664,11 @@ def manifest_notes(rows):
 def count_rows(rows, split):
     """{what: how many} of a split's rows."""
     rows = [row for row in rows if row["split"] == split]
-    boxed = [row for row in rows if row["regions"]]
-    pairs = [region for row in rows for region in row["regions"]]
+    pairs = [region for row in rows for region in row["regions"] if region["boxes"]]
+    boxed = [row for row in rows if any(region["boxes"] for region in row["regions"])]
     return {"images": len(rows), "boxed images": len(boxed),
-            "studies": len({row["study"] for row in rows}),
-            "boxed studies": len({row["study"] for row in boxed}),
+            "studies": len({study_of(row) for row in rows}),
+            "boxed studies": len({study_of(row) for row in boxed}),
             "patients": len({row["patient"] for row in rows}),
             "reports": sum(bool(row["report"]) for row in rows),
             "pairs": len(pairs), "boxes": sum(len(pair["boxes"]) for pair in pairs)}
@@ -514,28 +677,25 @@ def count_rows(rows, split):
 def check(data, png):
     """Read every row and image of a data set, print every problem, the counts and what is odd, and
     draw eight rows with their boxes. Returns the number of problems."""
-    path, rows, n_flat, pictures = manifest_path(data), [], 0, set()
-    scanned = list(scan_manifest(data))
-    if not scanned:
+    path, rows, n_flat = manifest_path(data), [], 0
+    check_output(png, ".png")
+    if not (scanned := list(scan_manifest(data))):
         raise InputError(f"{path}: no rows")
-    images = [path.parent / str(row.get("image")) for _, row, _ in scanned if isinstance(row, dict)]
-    check_output(png, ".png", [path, *images])
+    for image in (path.parent / row["image"] for _, row, problem in scanned if not problem):
+        check_output(png, ".png", image)
     for number, row, problem in tqdm(scanned, "check", unit="row"):
         try:
             if problem:
                 raise InputError(problem)
-            pixels = load_image(path.parent / row["image"], 64).tobytes()
+            levels = load_image(path.parent / row["image"]).histogram()
+            n_flat += sum(n > 0 for n in levels) < 32
+            rows.append({**row, "report": row.get("report"), "regions": row.get("regions") or []})
         except InputError as error:
             tqdm.write(f"{path}:{number}: {error}")
-            continue
-        rows.append({**row, "report": row.get("report"), "regions": row.get("regions") or []})
-        n_flat += len(set(pixels)) == 1
-        pictures.add(hash(pixels))
     print(format_table([("", *count_rows([], ""))] + [
         (split, *(f"{n:,}" for n in count_rows(rows, split).values())) for split in SPLITS]))
-    looks = {"images of a single grey value": n_flat,
-             "images that look the same as another row's": len(rows) - len(pictures)}
-    for note in [f"{words}: {n:,}" for words, n in looks.items() if n] + manifest_notes(rows):
+    notes = [f"images of fewer than 32 grey levels: {n_flat:,}"] if n_flat else []
+    for note in notes + manifest_notes(rows):
         print(f"note: {note}")
     boxed, images = [row for row in rows if row["regions"]] or rows, []
     for row in boxed[::max(1, len(boxed) // 8)][:8]:           # from all over the set
@@ -559,16 +719,18 @@ ZONES = {"upper": -.42, "mid": -.06, "lower": .27}              # centres, y
 SIZES = {"small": .35, "moderate": .47, "large": .62}           # widths
 HEART = {"small": ("mildly", .58), "moderate": ("moderately", .68), "large": ("severely", .80),
          None: ("", .46)}                                       # left border, x; None is normal
-FINDINGS = {  # kind: (probability, its sentence, the sentence that it is not there)
+FINDINGS = {  # label: (probability, its sentence, the sentence that it is not there)
     "nodule": (.24, "{Size} {side} {zone} zone nodule.", "No nodule."),
     "cavity": (.20, "{Size} cavity in the {side} {zone} zone.", "No cavity."),
     "consolidation": (.21, "{Size} {side} {zone} zone consolidation.", "No consolidation."),
-    "effusion": (.11, "{Size} {side} pleural effusion.", "No pleural effusion."),
+    "pleural effusion": (.11, "{Size} {side} pleural effusion.", "No pleural effusion."),
     "pneumothorax": (.09, "{Size} {side} pneumothorax.", "No pneumothorax."),
     "pacemaker": (.10, "Pacemaker over the {side} chest.", "No implanted device."),
-    "heart": (.05, "The heart is {degree} enlarged.", "Normal heart size.")}
+    "cardiomegaly": (.05, "The heart is {degree} enlarged.", "Normal heart size.")}
+ZONE_OF = {"pleural effusion": "lower", "pneumothorax": "upper"}          # others are in any zone
 BODY_WIDTH, BODY_SHIFT = (.70, 1.06), .12                       # fractions of the image; each way
 PHANTOM_SIZES = {"train": 16000, "val": 50, "test": 400}
+ONE_PROCESS = 1000                              # so few images are drawn without a process pool
 
 
 class Canvas:
@@ -666,7 +828,7 @@ def draw_finding(canvas, kind, side, zone, width):
         wobble = 1 + .12 * np.sin(np.arange(28) / 28 * 2 * np.pi * waves + phase)
         outline = ellipse(x, y, .62 * width, .62 * width * rng.uniform(.55, .85), wobble)
         pixels += mask(outline, blur=.012) * (1 + noise(rng, 24, canvas.n, .3)) * 66
-    elif kind == "effusion":
+    elif kind == "pleural effusion":
         top = .50 - 1.5 * (width - .12) * rng.uniform(.9, 1.1)
         outline = mirror([(-.75, top), (-.62, top + .10), (-.40, top + .16), (-.15, top + .17),
                           (-.13, .52), (-.74, .58)], side)
@@ -688,25 +850,26 @@ def draw_finding(canvas, kind, side, zone, width):
     return outline
 
 
-def draw_phantom(out, split, i, seed, n=96):
-    """Draw and save image i of a split, n x n pixels -> its manifest row."""
+def draw_phantom(out, seed, number, n=96):
+    """Draw and save image `number`, (split, i), n x n pixels -> its manifest row."""
+    split, i = number
     rng = np.random.default_rng([seed, SPLITS.index(split), i])
     canvas, findings, regions = Canvas(rng, n), {}, []
     n_findings = rng.choice([1, 2, 3], p=[.15, .65, .2])
     while len(findings) < n_findings:                           # a zone or organ is used once
         kind = rng.choice(list(FINDINGS), p=[p for p, *_ in FINDINGS.values()])
         side, size = rng.choice(["right", "left"]), rng.choice(list(SIZES))
-        zone = {"effusion": "lower", "pneumothorax": "upper"}.get(kind) or rng.choice(list(ZONES))
-        place = kind if kind in ("heart", "pacemaker") else (side, zone)
+        zone = ZONE_OF.get(kind) or rng.choice(list(ZONES))
+        place = kind if kind in ("cardiomegaly", "pacemaker") else (side, zone)
         findings.setdefault(place, (kind, side, zone, size))
     size_of = {kind: size for kind, _, _, size in findings.values()}
-    degree, border = HEART[size_of.get("heart")]
+    degree, border = HEART[size_of.get("cardiomegaly")]
     left = -.22 - .3 * (border - .46)
     heart = ellipse((left + border) / 2, .26, (border - left) / 2, .28)
     draw_anatomy(canvas, heart)
     for kind, side, zone, size in findings.values():
         width = SIZES[size] * rng.uniform(.94, 1.06)
-        outline = heart if kind == "heart" else draw_finding(canvas, kind, side, zone, width)
+        outline = heart if kind == "cardiomegaly" else draw_finding(canvas, kind, side, zone, width)
         phrase = FINDINGS[kind][1].format(side=side, zone=zone, Size=size.capitalize(),
                                           degree=degree)
         regions.append({"phrase": phrase, "boxes": [canvas.box(outline)]})
@@ -720,7 +883,7 @@ def draw_phantom(out, split, i, seed, n=96):
     name, study = f"images/{split}_{i:05d}.png", f"{split}{i:05d}"
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out / name, compress_level=1)
     return {"image": name, "study": study, "patient": study, "split": split, "report": report,
-            "regions": regions}
+            "regions": regions, "labels": list(size_of)}
 
 
 def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
@@ -728,12 +891,16 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
     It is drawn in a temporary folder, then renamed: a killed run leaves no partial phantom."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+    numbers = [(split, i) for split, n in sizes.items() for i in range(n)]
+    with (tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
+          contextlib.ExitStack() as stack):
         draft = Path(folder, "phantom")                        # its mode is the umask's
         (draft / "images").mkdir(parents=True)
-        numbers = [(split, i) for split, n in sizes.items() for i in range(n)]
-        rows = [draw_phantom(draft, split, i, seed)
-                for split, i in tqdm(numbers, "phantom", unit="image", disable=quiet)]
+        draw, draws = functools.partial(draw_phantom, draft, seed), map
+        if len(numbers) > ONE_PROCESS:
+            draws = functools.partial(stack.enter_context(ProcessPoolExecutor()).map, chunksize=50)
+        rows = list(tqdm(draws(draw, numbers), "phantom", len(numbers), unit="image",
+                         disable=quiet))
         (draft / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         try:
             draft.rename(out)
@@ -747,14 +914,14 @@ def make_phantom(out, sizes=PHANTOM_SIZES, seed=0, quiet=False):
 
 @contextlib.contextmanager
 def reading(path):
-    """Turn any error inside, while a source is read, into an InputError that names the source."""
+    """Turn an error inside, while a source is read, into an InputError that names the source."""
     try:
         yield
     except InputError:
         raise
-    except DAMAGED as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{path}: cannot be read ({reason}); is the download complete?")
+    except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, csv.Error,
+            zlib.error, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); is the download complete?")
 
 
 def csv_rows(path, *columns, ragged=False):
@@ -796,11 +963,6 @@ def find(folder, pattern, expected):
     return found[0]
 
 
-def one_line(text):
-    """Text with its white space collapsed; "" for anything else (None, NaN)."""
-    return " ".join(text.split()) if isinstance(text, str) else ""
-
-
 def official_split(value, path):
     """The manifest's name of a split of the data set."""
     split = {"validate": "val", "validation": "val"}.get(value, value)
@@ -827,21 +989,20 @@ def weighted_boxes_fusion(boxes, iou):
 
 
 def shrink(job):
-    """Write an image as an 8-bit JPEG, its short side `size` pixels, unless it is smaller.
+    """Write an image as an upright 8-bit JPEG, its short side at most `size` pixels.
 
-    job: (path, where to write, size or 0 to write nothing). -> None or why there is no image."""
+    job: (path, where to write, size). -> None or why there is no image."""
     source, target, size = job
-    if target.exists() if size else source.is_file():
+    if target.exists():
         return None
     try:
-        with source.open("rb") as file, Image.open(file) as image:
-            factor = min(1, size / min(image.size))
-            small = [max(1, round(factor * side)) for side in image.size]
-            image.draft("L", small)                            # JPEG: decode at 1/2, 1/4 or 1/8
-            image = load_image(image).resize(small, Image.Resampling.BILINEAR)
+        shape = image_shape(source)
+        small = [max(1, round(min(1, size / min(shape)) * side)) for side in shape]
+        with open_image(source) as image:
+            image = to_grey(image, size).resize(small, Image.Resampling.BILINEAR)
     except FileNotFoundError:
         return "no image"
-    except (*UNREADABLE, zlib.error, zipfile.BadZipFile):
+    except (OSError, SyntaxError, ValueError, zlib.error, zipfile.BadZipFile):
         tqdm.write(f"unreadable image: {source}")
         return "unreadable image"
     write_file(target, lambda draft: image.save(draft, "JPEG", quality=95))
@@ -851,37 +1012,34 @@ class Conversion:
     """A run of a converter: the steps that all converters share, and their counts.
 
     funnel: {table: {reason: {split: n}}}, table one of images, pairs, boxes and out (what is left);
-    reason "in", or why something was dropped. lost: what the run has to do without, in words."""
+    reason "in", or why something was dropped. lost: messages about missing inputs."""
 
     def __init__(self, args):
         self.args, self.out, self.size, self.funnel, self.lost = args, args.out, args.size, {}, []
         self.iou = getattr(args, "wbf_iou", 1)                 # no boxes overlap by more than 1
-        check_ranges(args, {"size": (0, 1e5), "workers": (1, 256), "wbf_iou": (0, 1)})
-        notes = self.out / "prepare.json"
-        mine = notes.exists() and f'"command": "{args.command}"'.encode() in notes.read_bytes()
-        for path in (self.out / "manifest.jsonl", notes, self.out / "LICENSES.csv"):
-            if path.exists() and not mine:
-                raise InputError(f"{path}: not written by {args.command}; choose another --out")
+        check_ranges(args, {"size": (1, 1e5), "workers": (1, 256), "wbf_iou": (0, 1)})
+        if (self.out / "manifest.jsonl").exists():
+            raise InputError(f"{self.out}: has a manifest.jsonl already; choose another --out")
 
     def count(self, table, split, reason, n=1):
         by_split = self.funnel.setdefault(table, {}).setdefault(reason, dict.fromkeys(SPLITS, 0))
         by_split[split] += n
 
     def admit(self, table, split, reason=None):
-        """Count an image or pair that came in and, given a reason, was dropped -> if it stays."""
+        """Count an image or pair that came in, and the reason why it is dropped, if there is one.
+        -> whether it is kept"""
         self.count(table, split, "in")
         if reason:
             self.count(table, split, reason)
         return not reason
 
     def prepare_images(self, rows):
-        """Shrink the images of rows into --out, or leave them in place -> the rows that have one.
+        """Shrink the images of rows into --out -> the rows that have one.
 
         row["source"]: the image's path, perhaps in a zip; row["name"]: where to write it."""
         unique, kept = {}, []
         for row in rows:
-            row["image"] = (f"images_{self.size}/{row['name']}" if self.size else
-                            os.path.abspath(row["source"]))
+            row["image"] = f"images_{self.size}/{row['name']}"
             if unique.setdefault(row["name"], row) is not row:
                 self.count("images", row["split"], "repeated image")
         jobs = ((row["source"], self.out / row["image"], self.size) for row in unique.values())
@@ -914,9 +1072,8 @@ class Conversion:
             self.count("boxes", split, "degenerate box", len(boxes) - len(inside))
             self.count("boxes", split, "merged", len(inside) - len(fused))
 
-    def finish(self, rows, published):
-        """Make the regions, print the funnel and what is missing, write prepare.json and manifest.
-        published: {"table reason": a count of the paper or of the data set's page}."""
+    def finish(self, rows):
+        """Make the regions, print the funnel and what is missing, write prepare.json, manifest."""
         for row in rows:
             self.add_regions(row)
         for split in SPLITS:
@@ -925,37 +1082,22 @@ class Conversion:
         print(format_table([("", *SPLITS)] + [
             (f"{table} {reason}", *(f"{n:,}" for n in by_split.values()))
             for table, reasons in self.funnel.items() for reason, by_split in reasons.items()]))
-        for name, n in published.items():
-            print(f"published, {name}: {n}")
         for loss in self.lost:
             print(f"missing: {loss}")
         if not rows:
             raise InputError(f"{self.out}: no image is left, see the counts above; nothing written")
         arguments = {name: str(value) for name, value in vars(self.args).items()}
-        write_json(self.out / "prepare.json", {
-            "command": self.args.command, "arguments": arguments, "lost": self.lost,
-            "funnel": self.funnel, "published": published})
+        write_json(self.out / "prepare.json", {"arguments": arguments, "lost": self.lost,
+                                               "funnel": self.funnel})
         lines = [json.dumps({key: row[key] for key in ROW_KEYS}) + "\n" for row in rows]
         write_file(self.out / "manifest.jsonl", lambda draft: draft.write_text("".join(lines)))
-        print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check "
-              f"{shlex.quote(str(self.out))}")
+        print(f"wrote {self.out / 'manifest.jsonl'}; next: python data.py check {self.out}")
 
 
 # ---- converters: MIMIC-CXR, MS-CXR, PadChest-GR and (not in the paper) an open COVID-19 set ------
 
-METHODS, DICE = ("gpt4", "rule-based"), "Dice RCA (Mean)"
-RATINGS = {"A++": ("A_frontal", "App"), "A+": ("A_frontal", "Ap"), "A": ("A_frontal", None),
-           "B": ("B_frontal", None)}           # export, and its table of those rated so or better
+DICE = "Dice RCA (Mean)"                       # CheXmask's quality of an image
 MIMIC_PATH = re.compile(r"(p\d+)/(s\d+)/([^/]+)\.jpg$")
-MIMIC_PUBLISHED = {"images in": "400,042 + 3,238 + 2,461 (LLaVA-Rad)",
-                   "out images": "237,972 + 1,959 + 3,403 before the quality filter (LLaVA-Rad)",
-                   "out studies": "2,432 of test (LoFi)", "out boxed studies": "169,441 (LoFi)",
-                   "out pairs": "394,835 (LoFi)"}
-MS_CXR_PUBLISHED = {"boxes in": "1,448", "out images": "1,047", "out pairs": "1,162"}
-PADCHEST_PUBLISHED = {"images in": "4,555",
-                      "out boxed images": "2,404 of the pool, 604 of test (LoFi)",
-                      "out pairs": "4,979 of the pool (LoFi)",
-                      "out boxes": "1,521 of test (inferred from LoFi's Tables 2 to 4)"}
 LUNGS = {1: "Right lung.", 2: "Left lung."}    # by the category in covid-chestxray-dataset
 NO_DERIVATIVES = re.compile(r"\bND\b|no.?deriv", re.IGNORECASE)
 
@@ -973,18 +1115,15 @@ def mimic_row(images, path, where):
         raise InputError(f"{where}: image {path!r}, expected .../p10000032/s50414267/ID.jpg")
     patient, study, dicom = found.groups()
     name = f"{patient[:3]}/{found[0]}"
-    return {"study": study, "patient": patient, "dicom": dicom, "name": name,
-            "pairs": [], "report": "", "source": images / "files" / name}
+    return {"study": study, "patient": patient, "dicom": dicom, "name": name, "pairs": [],
+            "labels": [], "report": "", "source": images / "files" / name}
 
 
-def find_questions(root, rating):
-    """MIMIC-Ext-CXR-QBA -> {name: path} of studies' questions, {study: ids rated well} or None."""
-    export, table = RATINGS[rating]
-    folder, rated = root / "exports" / export, defaultdict(set)
+def find_questions(root):
+    """MIMIC-Ext-CXR-QBA -> {name: path} of studies' questions, {study: ids of those rated A++}."""
+    folder, rated = root / "exports" / "A_frontal", defaultdict(set)
     files = files_below(find(folder, "qa*", "--qba expects MIMIC-Ext-CXR-QBA's root"), ".qa.json")
-    if not table:
-        return files, None
-    path = find(folder, f"metadata/{table}/question_metadata.csv*", f"--rating {rating} needs it")
+    path = find(folder, "metadata/App/question_metadata.csv*", "it lists the A++ questions")
     for row in csv_rows(path, "study_id", "question_id"):
         rated["s" + row["study_id"].removeprefix("s")].add(row["question_id"])
     return files, rated
@@ -1008,8 +1147,7 @@ def add_pairs(run, rows, files, rated):
                 if place is None:
                     continue
                 phrase, boxes = one_line(answer.get("text")), place.get("bboxes")
-                reason = ("rating" if rated is not None
-                          and question.get("question_id") not in rated[study]
+                reason = ("rating" if question.get("question_id") not in rated[study]
                           else "not positive" if answer.get("positiveness", "pos") != "pos"
                           else "not in report" if not answer.get("from_report", True)
                           else "fallback box" if place.get("is_fallback")
@@ -1024,6 +1162,16 @@ def add_pairs(run, rows, files, rated):
         run.lost.append(f"pairs of {len(missing):,} studies that have no questions")
 
 
+def llava_rad_entries(run, path):
+    """The entries of a file of LLaVA-Rad with texts extracted by GPT-4; where there are none, as
+    in the test file, those by rules."""
+    entries = json.loads(path.read_bytes())
+    methods = {entry.get("generate_method") for entry in entries}
+    if "gpt4" not in methods:
+        run.lost.append(f"gpt4 texts of {path.name}: its rule-based texts are used")
+    return entries, "gpt4" if "gpt4" in methods else "rule-based"
+
+
 def prepare_mimic_cxr(args):
     """MIMIC-CXR-JPG, LLaVA-Rad, CheXmask and MIMIC-Ext-CXR-QBA -> a manifest (Sec. 3.0.1)."""
     run, rows, good = Conversion(args), [], None
@@ -1031,30 +1179,29 @@ def prepare_mimic_cxr(args):
              for name in ("train", "dev", "test")]
     views = mimic_table(args.images, "metadata", "ViewPosition", "Columns", "Rows")
     if args.qba:
-        files, rated = find_questions(args.qba, args.rating)
+        files, rated = find_questions(args.qba)
     else:
         run.lost.append("text-box pairs, so grounding and dense captioning (no --qba)")
     if args.chexmask:
-        with reading(args.chexmask):
+        with reading(args.chexmask):                           # 0.7: not stated in the paper
             good = {row["dicom_id"] for row in csv_rows(args.chexmask, "dicom_id", DICE)
                     if float(row[DICE] or 0) >= 0.7}
     else:
         run.lost.append("the quality filter of images (no --chexmask)")
     for split, path in zip(SPLITS, paths):
         with reading(path):
-            entries, method = json.loads(path.read_bytes()), args.method
-            if not any(entry.get("generate_method") == method for entry in entries):
-                method = "rule-based" if method == "gpt4" else "gpt4"
-                run.lost.append(f"{args.method} texts of {path.name}: its {method} texts are used")
+            entries, method = llava_rad_entries(run, path)
             for entry in tqdm(entries, path.name, unit="item"):
                 row = mimic_row(args.images, entry.get("image"), path)
                 # Findings and impression (Sec. 3.0.1); either may be missing.
                 texts = [turn.get("value") for turn in (entry.get("conversations") or [])[1:2]]
                 texts = [one_line(text) for text in (*texts, entry.get("impression"))]
+                labels = entry.get("chexpert_labels") or {}
                 # Boxes are in pixels of the originals. Their sizes are read from the table, as the
                 # images may be copies that were shrunk before.
                 view, width, height = views.get(row["dicom"], ("", 1, 1))
                 row |= {"split": split, "report": " ".join(filter(None, texts)),
+                        "labels": [name for name, value in labels.items() if value == 1],
                         "scale": (float(width), float(height))}
                 if run.admit("images", split,
                              "other method" if entry.get("generate_method") != method
@@ -1065,7 +1212,7 @@ def prepare_mimic_cxr(args):
     rows = run.prepare_images(rows)
     if args.qba:
         add_pairs(run, rows, files, rated)
-    run.finish(rows, MIMIC_PUBLISHED)
+    run.finish(rows)
 
 
 def prepare_ms_cxr(args):
@@ -1080,61 +1227,68 @@ def prepare_ms_cxr(args):
             row["split"] = official_split(split, args.table)
             row["scale"] = float(line["image_width"]), float(line["image_height"])
             x, y, w, h = (float(line[key]) for key in "xywh")
-            key = row["name"], line["category_name"], one_line(line["label_text"])
-            boxes[key].append([x, y, x + w, y + h])
+            boxes[row["name"], one_line(line["label_text"])].append([x, y, x + w, y + h])
             if row["name"] not in rows and run.admit("images", row["split"]):
                 rows[row["name"]] = row
-    for (name, _, phrase), found in boxes.items():
+            if line["category_name"] not in rows[row["name"]]["labels"]:
+                rows[row["name"]]["labels"].append(line["category_name"])
+    for (name, phrase), found in boxes.items():
         rows[name]["pairs"].append((phrase, found))
-    run.finish(run.prepare_images(rows.values()), MS_CXR_PUBLISHED)
+    run.finish(run.prepare_images(rows.values()))
 
 
 def prepare_padchest_gr(args):
-    """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs."""
+    """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs.
+    Validation becomes train: together they are the paper's pool."""
     run, splits, rows = Conversion(args), {}, []
     images = files_below(args.images, ".png")
-    if not args.size and not args.images.is_dir():
-        raise InputError(f"{args.images}: --size 0 cannot keep images inside a zip; unzip it first")
     if not args.table:
         run.lost.append("splits and patients, all rows are of train (no --table)")
     for row in csv_rows(args.table, "ImageID", "split", "PatientID") if args.table else []:
-        split = official_split(row["split"], args.table)
-        if split == "val" and not args.official_val:
-            split = "train"                                    # both are the paper's pool
-        splits[row["ImageID"]] = split, row["PatientID"]
+        is_test = official_split(row["split"], args.table) == "test"
+        splits[row["ImageID"]] = "test" if is_test else "train", row["PatientID"]
     with reading(args.reports):
         for entry in json.loads(args.reports.read_bytes()):
             image = str(entry.get("ImageID"))
             study = str(entry.get("StudyID") or image)
             split, patient = splits.get(image, ("train", study))
-            pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or [])
-                     for f in entry.get("findings") or []]
+            findings = entry.get("findings") or []
+            pairs = [(one_line(f.get("sentence_en")), f.get("boxes") or []) for f in findings]
             sentences = [s if s[-1] in ".!?" else s + "." for s, _ in pairs if s]
+            labels = dict.fromkeys(label for f in findings for label in f.get("labels") or [])
             if run.admit("images", split, "not in table" if splits and image not in splits else
                          "no text" if not sentences else
                          "no image" if image not in images else None):
                 rows.append({"study": study, "patient": patient or study, "split": split,
                              "report": " ".join(sentences), "pairs": pairs, "scale": (1, 1),
-                             "name": f"{Path(image).stem}.jpg", "source": images[image]})
-    run.finish(run.prepare_images(rows), PADCHEST_PUBLISHED)
+                             "labels": list(labels), "name": f"{Path(image).stem}.jpg",
+                             "source": images[image]})
+    run.finish(run.prepare_images(rows))
+
+
+def covid_lungs(path):
+    """{file name: (pairs of a lung and its box in pixels, image size)} of the COCO annotations."""
+    found, lungs = defaultdict(list), {}
+    coco = json.loads(path.read_bytes())
+    for note in coco["annotations"]:
+        if None not in note["bbox"]:                           # some are empty
+            x, y, w, h = note["bbox"]
+            found[note["image_id"]].append(([x, y, x + w, y + h], note.get("category_id")))
+    for image in coco["images"]:
+        if boxes := found[image["id"]]:
+            if len(boxes) == 2:                                # the right lung is further left
+                boxes = zip(sorted(box for box, _ in boxes), LUNGS)
+            pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
+            lungs[image["file_name"]] = pairs, (image["width"], image["height"])
+    return lungs
 
 
 def prepare_covid_cxr(args):
     """A clone of ieee8023/covid-chestxray-dataset -> a manifest and LICENSES.csv."""
-    run, rows, found, lungs = Conversion(args), [], defaultdict(list), {}
+    run, rows = Conversion(args), []
     path = args.repo / "annotations" / "imageannotation_ai_lung_bounding_boxes.json"
     with reading(path):
-        coco = json.loads(path.read_bytes())
-        for note in coco["annotations"]:
-            if None not in note["bbox"]:                       # some are empty
-                x, y, w, h = note["bbox"]
-                found[note["image_id"]].append(([x, y, x + w, y + h], note.get("category_id")))
-        for image in coco["images"]:
-            if boxes := found[image["id"]]:
-                if len(boxes) == 2:                            # the right lung is further left
-                    boxes = zip(sorted(box for box, _ in boxes), LUNGS)
-                pairs = [(LUNGS.get(category), [box]) for box, category in boxes]
-                lungs[image["file_name"]] = pairs, (image["width"], image["height"])
+        lungs = covid_lungs(path)
     for line in csv_rows(args.repo / "metadata.csv", "filename", "view", "license", ragged=True):
         # early releases have other capitals and spaces, and fewer columns
         line = defaultdict(str, {str(key).strip().lower(): one_line(value)
@@ -1143,21 +1297,99 @@ def prepare_covid_cxr(args):
         patient, licence = line["patientid"] or name, line["license"] or "unstated"
         pairs, scale = lungs.get(name, ([], (1, 1)))
         split = "train" if zlib.crc32(patient.encode()) % 5 else "test"
+        labels = [word for word in line["finding"].split("/")      # Pneumonia/Viral/COVID-19
+                  if word.lower() not in ("", "no finding", "todo", "unknown")]
         if run.admit("images", split, "not X-ray" if line["modality"] not in ("", "X-ray") else
                      "view" if line["view"] not in ("PA", "AP", "AP Supine", "APS") else
                      "licence" if NO_DERIVATIVES.search(licence) else
                      "no text" if not (report or pairs) else None):
             rows.append({"study": f"{patient}-{zlib.crc32(report.encode()):08x}",  # one per note
                          "patient": patient, "split": split, "report": report, "pairs": pairs,
-                         "scale": scale, "name": name.removesuffix(".jpg") + ".jpg",
+                         "scale": scale, "labels": labels, "name": Path(name).stem + ".jpg",
                          "source": args.repo / (line["folder"] or "images") / name,
                          "licence": (name, licence, line["url"])})
     rows = run.prepare_images(rows)
-    run.finish(rows, {})
+    run.finish(rows)
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("image", "original_file", "licence", "source")] + [
         (row["image"], *row["licence"]) for row in rows])
     write_file(args.out / "LICENSES.csv", lambda draft: draft.write_bytes(text.getvalue().encode()))
+
+
+# ---- errors, files and tables: shared by all scripts ---------------------------------------------
+
+class InputError(ValueError):
+    """Invalid input. The message is one line: what was given, what is expected, what to do."""
+
+
+def first_line(error):
+    """The first line of an error's message, or its type if it has none."""
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return (text.splitlines() or [type(error).__name__])[0]
+
+
+def run_command(main):
+    """Run a script's main; an error that a user can fix ends it with one line, exit status 1."""
+    name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):                    # a terminal without some letters
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"{name}: {str(error).strip() or first_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):    # the latter: torch's
+            raise
+        sys.exit(f"{name}: out of memory; lower --batch-size; train.py also has --accumulate and "
+                 "--grad-checkpoint, icl_ground.py --k")
+
+
+def write_file(path, write):
+    """Write a file whole, and its folders: write(draft), then rename the draft to path. Raises
+    InputError; a file that was there is then unchanged."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(draft)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:                   # torch.save raises RuntimeError
+        draft.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({first_line(error)}); make room or choose "
+                         "another path, then run the same command again")
+
+
+def write_json(path, value):
+    """Write a JSON file whole. Raises InputError."""
+    write_file(path, lambda draft: draft.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def check_output(path, suffix, image=None):
+    """Raise InputError unless an output has its suffix and is not the image that is read."""
+    if Path(path).suffix != suffix or Path(path).is_dir():
+        raise InputError(f"{path}: expected a {suffix} file to write")
+    if image and Path(path).exists() and os.path.samefile(path, image):
+        raise InputError(f"{path}: is the image itself; choose another output path")
+
+
+def check_ranges(args, ranges):
+    """Raise InputError unless flags are in their ranges, {name in args: (low, high)}."""
+    for name, (low, high) in ranges.items():
+        flag = "lambda" if name == "lam" else name.replace("_", "-")
+        values = getattr(args, name, None)                     # None: not given, or no such flag
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value <= high:     # NaN compares as False
+                most = "or more" if high == np.inf else f"to {high:,.10g}"
+                raise InputError(f"--{flag} {value}: expected {low:g} {most}")
+
+
+def format_table(rows):
+    """Rows of text, the header first -> aligned lines: first column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+                     for row in rows)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1177,14 +1409,14 @@ def parse_args():
     def converter(name, words):
         add = command(name, words + " -> a manifest")
         add("--out", **path, help="folder to write; run again to continue a stopped run")
-        add("--size", type=int, default=512,
-            help="short side of the JPEGs; 0: originals in place (default: 512, Sec. 2.0.4)")
+        add("--size", type=int, default=512, help="short side of the JPEGs (default: 512, Sec. "
+            "2.0.4; for MedGemma 896)")
         add("--workers", type=int, default=min(8, os.cpu_count()),
             help="threads that shrink images (default: the CPUs, at most 8)")
         return add
 
     add = command("phantom", "draw chest X-rays with findings, reports and boxes")
-    add("out", help="folder to write; must not exist")
+    add("out", type=Path, help="folder to write; must not exist")
     for split, n in PHANTOM_SIZES.items():
         add(f"--{split}", type=int, default=n, help=f"images of {split} (default: {n})")
     add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
@@ -1195,10 +1427,6 @@ def parse_args():
     add("--qba", type=Path, help="root of MIMIC-Ext-CXR-QBA (default: none, so no boxes)")
     add("--chexmask", type=Path,
         help="CheXmask's MIMIC-CXR-JPG.csv: drop images below 0.7 in Dice RCA (default: none)")
-    add("--method", choices=METHODS, default="gpt4",
-        help="which texts of LLaVA-Rad; a file without them gives its others (default: gpt4)")
-    add("--rating", choices=RATINGS, default="A++",
-        help="lowest rating of a text-box pair's question (default: A++, Sec. 3.0.1)")
     add("--wbf-iou", type=float, default=0.1,
         help="fuse boxes of a sentence above this IoU (default: 0.1, not stated in the paper)")
 
@@ -1206,8 +1434,6 @@ def parse_args():
     add("--images", **path, help="folder or zip of the 16-bit PNGs")
     add("--reports", **path, help="grounded_reports_*.json")
     add("--table", type=Path, help="master_table.csv, or .zip (default: none, all rows are train)")
-    add("--official-val", action="store_true",
-        help="validation is val (default: it is train, as in the paper's pool, Sec. 3.0.1)")
 
     add = converter("ms-cxr", "MS-CXR: phrases and boxes on images of MIMIC-CXR-JPG")
     add("--images", **path, help="root of MIMIC-CXR-JPG")
@@ -1228,13 +1454,13 @@ def main():
         sys.exit(bool(check(args.data, args.png)))
     if args.command in CONVERTERS:
         return CONVERTERS[args.command](args)
-    if os.path.lexists(args.out):
+    if args.out.exists():
         raise InputError(f"{args.out}: exists already; choose a new folder")
     check_ranges(args, {"train": (1, 1e7), "val": (0, 1e7), "test": (0, 1e7),
                         "seed": (0, 2 ** 32 - 1)})
     make_phantom(args.out, {split: getattr(args, split) for split in SPLITS}, args.seed)
-    print(f"wrote {args.out}; next: python data.py check {shlex.quote(args.out)}")
+    print(f"wrote {args.out}; next: python data.py check {args.out}")
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="stopped; run the same command again")
+    run_command(main)

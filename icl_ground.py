@@ -1,109 +1,123 @@
 """Phrase grounding by retrieval-based in-context learning (Sec. 2.0.2, Fig. 1b; Tables 2 to 4).
 
     python icl_ground.py --image x.png --phrase "small left pleural effusion"
-    python icl_ground.py --data DIR --split test --out P.jsonl     # a set: a row of Table 2
+    python icl_ground.py --data DIR --split test                   # a set: a row of Table 2, or,
+                                                                   # of a miniature run, of Table 4
     python icl_ground.py --data DIR --encoders A B --k 20 40       # Table 2, several encoders
     python icl_ground.py --data DIR --lvlm lofi                    # Table 4; or nearest, or prior
     python icl_ground.py --data DIR --lvlm google/gemma-3-270m     # blind: a text model
 
 The pool images most similar to the query image, by the cosine of E_I, become demonstrations: turns
-of image, phrase and boxes before the query. For one image you will see JSON on stdout and an
-overlay PNG, predictions solid, ground truth dashed; for a set, the columns of Table 2 next to the
-phrase prior. LoFi is never taught that a finding is absent, so it predicts boxes for almost any
-phrase; an answer's score, the geometric mean probability of its tokens, is not calibrated.
+of image, phrase and boxes before the query. For one image you will see JSON on stdout and a PNG,
+the answer beside its nearest demonstrations; for a set, the columns of Table 2 next to the phrase
+prior. Almost any phrase gets boxes; an answer's "similarity", larger where the phrase fits the
+image, is cos(E_I(I), E_T(phrase)) minus that of the empty text.
 
-K demonstrations  n phrases of an image  H LLM width
-boxes: (x0, y0, x1, y1), fractions of width and height; box_yxyx_1000: MedGemma's own format
+Below: demonstrations, prompt, box format, replies, the grounder (`plain`, then `fast`), baselines.
+The method ends there; then pictures, sets, arguments and main. The letters are model.py's;
+box_yxyx_1000 is MedGemma's own box format.
 """
 
 import argparse
-import json
-import sys
-from pathlib import Path
-
-MEDGEMMA = "google/medgemma-1.5-4b-it"                 # the paper's LVLM               (Sec. 2.0.4)
-
-
-# ---- arguments: before the imports that take seconds, so that --help answers at once -------------
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what to ground: one image and phrase, or a set").add_argument
-    add("--image", metavar="FILE", help="a chest X-ray of any mode and size")
-    add("--phrase", metavar="TEXT", help="the sentence to find on it")
-    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file: the set, and the "
-        "pool of demonstrations (default: what --checkpoint was trained on)")
-    add("--split", choices=["train", "val", "test"], default="test", help="(default: %(default)s)")
-    add("--out", metavar="FILE", help="overlay of an image (default: runs/IMAGE_grounded.png), or "
-        "predictions of a set, one file for each encoder and k; a stopped run continues there "
-        "(default: runs/DATA_SPLIT_LVLM.jsonl, LVLM_blind with --blind)")
-    add("--json", metavar="PATH", help="also write a set's scores there, as fractions")
-
-    add = parser.add_argument_group("demonstrations").add_argument
-    add("--checkpoint", default="runs/phantom", metavar="RUN", help="run folder of train.py, or a "
-        "SigLIP-family id or folder (default: %(default)s)")
-    add("--encoders", nargs="+", metavar="RUN", help="retrieve with each of these instead")
-    add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations per query; "
-        "Table 2: 20 40; MedGemma's row of Table 3: 0 (default: 40, the paper's best)")
-    add("--pool", metavar="PATH", help="manifest whose train and val splits give the "
-        "demonstrations (default: --data)")
-    add("--order", choices=["similar-last", "similar-first"], default="similar-last",
-        help="order of the demonstrations; not stated in the paper (default: %(default)s)")
-
-    add = parser.add_argument_group("grounder").add_argument
-    add("--lvlm", metavar="NAME", help="Gemma 3 id or folder (a text model is blind: no images); "
-        "lofi: LoFi's own decoder (Table 4); nearest: the boxes of the demonstration whose phrase "
-        "is closest by E_T; prior: the phrase's median training box (default: lofi if --checkpoint "
-        f"is a run of the tiny preset, else {MEDGEMMA}, which is gated)")
-    add("--blind", action="store_true", help="leave all images out of the prompt, to measure what "
-        "the demonstrations' text and boxes carry; not in the paper")
-    add("--max-new-tokens", type=int, default=512, metavar="N",
-        help="maximum tokens in a reply; not stated in the paper (default: %(default)s)")
-    add("--show-prompt", action="store_true", help="print the (first) prompt before the answer")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="type of the LVLM's weights; auto: bf16, on a CPU fp32 (default: auto)")
-    add("--plain", action="store_true", help="one generate per phrase: slower, the same answers")
-    add("--batch-size", type=int, default=16, metavar="N",
-        help="phrases of an image decoded at once (default: %(default)s)")
-    add("--feature-cache-gb", type=float, default=8, metavar="GB", help="CPU memory for image "
-        "features, 1.3 MB per image for MedGemma in bf16; 0: no cache (default: %(default)s)")
-    return parser.parse_args()
-
-
-ARGS = parse_args() if __name__ == "__main__" else None
-
-# ruff: noqa: E402
 import contextlib
-import filecmp
 import functools
 import itertools
+import json
 import os
 import re
 import shlex
-import textwrap
+import sys
 import time
-import zlib
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoTokenizer, DynamicCache, Gemma3ForCausalLM,
+from transformers import (AutoConfig, AutoProcessor, AutoTokenizer, DynamicCache, Gemma3ForCausalLM,
                           Gemma3ForConditionalGeneration, Gemma3Processor, StopStringCriteria)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import data
 import metrics
 import retrieve
-from metrics import InputError
-from model import (Encoder, LoFi, check_checkpoint, find_device, from_all, join_processes,
-                   load_pretrained, rank_and_world, read_config, say, silence_libraries)
+from data import InputError, image_shape
+from model import (DualEncoder, LoFi, check_checkpoint, find_device, from_all, is_run,
+                   join_processes, load_pretrained, rank_and_world, say, silence_libraries)
+
+MEDGEMMA = "google/medgemma-1.5-4b-it"                 # the paper's LVLM               (Sec. 2.0.4)
+CACHED_IMAGES = 6000                                   # 8 GB of features of MedGemma in bf16
+
+# ---- demonstrations -----------------------------------------------------------------------------
+
+def with_boxes(rows):
+    """The rows that have a phrase with boxes, reduced to those phrases (Sec. 3.0.1: non-empty)."""
+    boxed = [{**row, "regions": [region for region in row["regions"] if region["boxes"]]}
+             for row in rows]
+    return [row for row in boxed if row["regions"]]
+
+
+def top_triplets(queries, query_emb, rows, image_emb, k, one_manifest=True):
+    """The demonstrations C of each query (Sec. 2.0.2): the k triplets of pool rows whose image is
+    most similar by cos(E_I(I), E_I(I_p)), best first (those of one image keep their order).
+
+    Left out are rows of the query's own file and, if queries and rows are of one manifest, of its
+    patient (not stated in the paper). query_emb: (Q, D), image_emb: (N, D), unit length.
+    -> Q lists of triplets, Q sets of the indices left out."""
+    of_patient, of_file = defaultdict(set), defaultdict(set)
+    for i, row in enumerate(rows):
+        of_patient[row["patient"]].add(i)
+        of_file[file_id(row["path"])].add(i)
+    excluded, found = [], []
+    for query in queries:
+        patient = of_patient[query["patient"]] if one_manifest else set()
+        excluded.append(of_file[file_id(query["path"])] | patient)
+    n = min(len(rows), k + max(map(len, excluded)))            # an image has a triplet or more
+    cosine, index = retrieve.top_k(query_emb, image_emb, n)                        # (Q, n)
+    for cosines, best, left_out in zip(cosine.tolist(), index.tolist(), excluded):
+        triplets = []
+        for value, i in zip(cosines, best):
+            if i not in left_out:
+                triplets += [{"image": rows[i]["image"], "path": rows[i]["path"],
+                              "cosine": round(value, 4), **region} for region in rows[i]["regions"]]
+        found.append(triplets[:k])
+    return found, excluded
+
+
+def file_id(path):
+    """Device and inode, equal for two paths of one file."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def find_demonstrations(encoder, queries, query_emb, source, pool, k, one_manifest=True):
+    """k triplets of each query from train and val of a pool, the rows of the manifest `source`
+    (Sec. 3.0.1: both are the paper's pool); print what was left out."""
+    rows = with_boxes(row for row in pool if row["split"] != "test")
+    if not rows:
+        raise InputError(f"{source}: no phrase with boxes in its splits train and val, to take "
+                         "demonstrations from; name another manifest with --pool")
+    image_emb = retrieve.image_embeddings(encoder, source, rows)
+    found, excluded = top_triplets(queries, query_emb, rows, image_emb, k, one_manifest)
+    say(f"pool of {encoder.source}: {len(rows):,} images of {source}, train and val; "
+        f"leave-one-out: {sum(map(bool, excluded)):,} of {len(queries):,} query images have "
+        f"{sum(map(len, excluded)):,} pool images of the same patient or file, which are excluded")
+    if (fewest := min(map(len, found))) < k:
+        say(f"note: --k {k}, but the pool has only {fewest} triplets for an image")
+    return found
+
+
+def add_similarity(encoder, rows, image_emb):
+    """Give each phrase of the rows its "similarity" to their images. image_emb: (rows, D)."""
+    phrases = sorted({region["phrase"] for row in rows for region in row["regions"]})
+    *text_emb, empty = retrieve.text_embeddings(encoder, [*phrases, ""])           # (D,) each
+    offset = {phrase: emb - empty for phrase, emb in zip(phrases, text_emb)}
+    return [{**row, "regions": [
+        {**region, "similarity": round(float(emb @ offset[region["phrase"]]), 4)}
+        for region in row["regions"]]} for row, emb in zip(rows, image_emb.cpu())]
+
 
 # ---- the prompt; not stated in the paper --------------------------------------------------------
 # The box format is MedGemma 1.5's own. Each demonstration is a user turn that ends with its phrase
@@ -134,18 +148,16 @@ CHAT_TEMPLATE = """\
 {{ '<start_of_turn>model\n' if add_generation_prompt else '' }}"""
 
 
-def turns(path, phrase, demonstrations, order="similar-last", blind=False, cut=str):
-    """Chat messages: the demonstrations (given most similar first), then the query. Each image
-    appears once, before its first triplet; with blind, not at all. cut: shortens a long phrase."""
+def turns(path, phrase, demonstrations, blind=False):
+    """Chat messages: the demonstrations (given most similar first), the most similar one last,
+    then the query. Each image appears once, before its first triplet; with blind, not at all."""
     groups = [list(group) for _, group in
               itertools.groupby(demonstrations, key=lambda triplet: triplet["path"])]
-    if order == "similar-last":
-        groups.reverse()
     messages = []
-    for group in [*groups, [{"path": path, "phrase": phrase}]]:
+    for group in [*reversed(groups), [{"path": path, "phrase": phrase}]]:
         for triplet in group:
             # "<eos>" or an image token written in a phrase must stay plain text
-            asked = re.sub(r"<(?=\w+>)", "< ", cut(triplet["phrase"]))
+            asked = re.sub(r"<(?=\w+>)", "< ", triplet["phrase"])
             text = QUERY.format(phrase=asked)
             content = [{"type": "text", "text": text if messages else f"{INSTRUCTION}\n\n{text}"}]
             if triplet is group[0] and not blind:
@@ -177,13 +189,6 @@ def chat_ids(processor, messages):
 
 
 # ---- boxes: y first, 0 to 1000, of the image padded with black to a centred square --------------
-
-@functools.lru_cache(maxsize=100_000)
-def image_shape(path):
-    """(width, height) of an image file; only its header is read."""
-    with Image.open(path) as image:
-        return image.size
-
 
 def square_of(size):
     """(width, height) -> side of the square, and the offset (left, top, left, top) of a box in it,
@@ -222,79 +227,39 @@ def boxes_from_yxyx_1000(boxes_yxyx_1000, size):
 
 NUMBER = r"""\s*["']?([-+]?(?:\d+\.?\d*|\.\d+))["']?\s*"""
 FOUR_NUMBERS = re.compile(r"\[" + ",".join([NUMBER] * 4) + r"\]", re.ASCII)
-EMPTY_LIST = re.compile(r"\[\s*\]")
-# A list with inner lists one deep, or objects in a row outside a list; either may be cut off.
-LIST = r"\[[^][]*(?:\[[^][]*\][^][]*)*(?:\]|(?:\[[^][]*)?\Z)"
-OBJECTS = r"\{[^{}]*(?:\}[\s,]*\{[^{}]*)*(?:\}|\Z)"
+NOTHING = re.compile(r"""\[(?:null|none|-1|\.?0|[\s,])*\]|box_2d\W*n(?:ull|one)""", re.I)
 THOUGHT = re.compile(r"<unused94>.*?(?:<unused95>|\Z)|\A.*<unused95>", re.DOTALL)
+BETWEEN = re.compile(r"""(?:[^{}]*\})?(?:"[^"]*"|'[^']*'|box_2d|label|json|and|\d|[^\w"'])*""")
 
 
 def parse_boxes(reply):
     """A reply -> (boxes_yxyx_1000, malformed). Never raises; an unreadable reply gives ([], True).
 
-    Its last JSON list counts, a thinking trace does not. Decimals, swapped corners, single quotes
-    and a cut-off end are read, values clipped to [0, 1000]; boxes without area, repeated ones and
-    the instruction's examples, which a base model may copy, are dropped."""
-    lists = [part for part in re.findall(f"{LIST}|{OBJECTS}", THOUGHT.sub("", reply))
-             if "box_2d" in part or FOUR_NUMBERS.search(part) or EMPTY_LIST.fullmatch(part)]
-    answer, boxes = lists[-1] if lists else "", []
-    says_none = EMPTY_LIST.fullmatch(answer)
+    Boxes without prose between them are one answer; the last one counts, a thinking trace does
+    not. Decimals, fractions, swapped corners, single quotes and a cut-off end are read,
+    values clipped to [0, 1000]; boxes without area, repeated ones and the instruction's examples,
+    which a base model may copy, are dropped. [], null and zeros mean that nothing is there."""
+    text, answers, end = THOUGHT.sub("", reply), [[]], 0
     for copied in EXAMPLE:
-        answer = answer.replace(copied, "")
-    for match in FOUR_NUMBERS.finditer(answer):
-        y0, x0, y1, x1 = (min(1000.0, max(0.0, float(v))) for v in match.groups())
+        text = text.replace(copied, "{}")
+    for match in FOUR_NUMBERS.finditer(text):
+        if not BETWEEN.fullmatch(text[end:match.start()]) and answers[-1]:
+            answers.append([])
+        answers[-1].append([float(v) for v in match.groups()])
+        end = match.end()
+    answer = next((boxes for boxes in reversed(answers) if has_area(boxes)), [])
+    scale = 1000 if max(itertools.chain([0], *answer)) <= 1 else 1     # fractions of the image
+    kept = []
+    for values in answer:
+        y0, x0, y1, x1 = (min(1000.0, max(0.0, scale * v)) for v in values)
         box = [min(y0, y1), min(x0, x1), max(y0, y1), max(x0, x1)]
-        if box[0] < box[2] and box[1] < box[3] and box not in boxes:
-            boxes.append(box)
-    return boxes, not (boxes or says_none)
+        if has_area([box]) and box not in kept:
+            kept.append(box)
+    return kept, not (kept or NOTHING.search(text))
 
 
-# ---- demonstrations -----------------------------------------------------------------------------
-
-def with_boxes(rows):
-    """The rows that have a phrase with boxes, reduced to those phrases (Sec. 3.0.1: non-empty)."""
-    boxed = [{**row, "regions": [region for region in row["regions"] if region["boxes"]]}
-             for row in rows]
-    return [row for row in boxed if row["regions"]]
-
-
-def top_triplets(queries, query_emb, rows, image_emb, k):
-    """C of each query (Sec. 2.0.2): the k triplets of pool rows whose image is most similar by
-    cos(E_I(I), E_I(I_p)), best first (those of one image keep their order).
-
-    Left out are rows that hold the query's own image, by its bytes, or its patient.
-    query_emb: (Q, D), image_emb: (N, D), unit length. -> Q lists of triplets, Q sets of indices."""
-    alike, own, found = defaultdict(set), [], []               # rows by patient, and by file size
-    for i, row in enumerate(rows):
-        alike[row["patient"]].add(i)
-        alike[os.path.getsize(row["path"])].add(i)
-    for query in queries:
-        same_size = alike[os.path.getsize(query["path"])]
-        own.append(alike[query["patient"]] | {
-            i for i in same_size if filecmp.cmp(query["path"], rows[i]["path"], shallow=False)})
-    n = min(len(rows), k + max(map(len, own)))                 # an image has a triplet or more
-    _, index = retrieve.top_k(query_emb, image_emb, n)                             # (Q, n)
-    for best, left_out in zip(index.tolist(), own):
-        found.append([{"image": rows[i]["image"], "path": rows[i]["path"], **region}
-                      for i in best if i not in left_out for region in rows[i]["regions"]][:k])
-    return found, own
-
-
-def find_demonstrations(encoder, queries, query_emb, source, pool, k):
-    """k triplets of each query from train and val of a pool, the rows of the manifest `source`;
-    print what was left out."""
-    rows = with_boxes(row for row in pool if row["split"] != "test")
-    if not rows:
-        raise InputError(f"{source}: no phrase with boxes in its splits train and val, to take "
-                         "demonstrations from; name another manifest with --pool")
-    image_emb = retrieve.image_embeddings(encoder, source, rows)
-    found, own = top_triplets(queries, query_emb, rows, image_emb, k)
-    say(f"pool of {encoder.source}: {len(rows):,} images of {source}, train and val; "
-        f"leave-one-out: {sum(map(bool, own)):,} of {len(queries):,} query images have "
-        f"{sum(map(len, own)):,} pool images of the same patient or file, which are excluded")
-    if (fewest := min(map(len, found))) < k:
-        say(f"note: --k {k}, but the pool has only {fewest} triplets for an image")
-    return found
+def has_area(boxes):
+    return any(box[0] != box[2] and box[1] != box[3] for box in boxes)
 
 
 # ---- b = LVLM(I, s | C) (Sec. 2.0.2): a Gemma 3, greedy -----------------------------------------
@@ -302,12 +267,11 @@ def find_demonstrations(encoder, queries, query_emb, source, pool, k):
 class InContext:
     """A grounder: b = LVLM(I, s | C), by `plain` or by `fast`, the same replies up to rounding.
 
-    blind: the images are left out, as for a text model. feature_cache_gb: CPU memory for the
-    features of pool images, so that an image passes the vision tower once while they are kept."""
+    blind: the images are left out, as for a text model."""
 
-    def __init__(self, model, processor, order="similar-last", blind=False, plainly=False,
-                 max_new_tokens=512, batch_size=16, feature_cache_gb=8.0):
-        self.model, self.processor, self.order, self.plainly = model, processor, order, plainly
+    def __init__(self, model, processor, blind=False, plainly=False, max_new_tokens=512,
+                 batch_size=16):
+        self.model, self.processor, self.plainly = model, processor, plainly
         self.tokenizer = getattr(processor, "tokenizer", processor)    # a text model has only this
         self.blind = blind or self.tokenizer is processor
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
@@ -315,15 +279,8 @@ class InContext:
         if not processor.chat_template:                        # a base model knows no end of turn:
             processor.chat_template = CHAT_TEMPLATE            # its reply ends with its first list
             self.stops = [StopStringCriteria(self.tokenizer, ["}]", "]]", "[]"])]
-        if not self.blind:
-            n_values = model.config.mm_tokens_per_image * model.config.text_config.hidden_size
-            n_images = int(feature_cache_gb * 1e9 / (n_values * model.dtype.itemsize))
-            self.image_features = functools.lru_cache(n_images)(self.encode)
-
-    def chat(self, path, phrase, demonstrations):
-        """The prompt as chat messages; a phrase of hundreds of words is cut."""
-        cut = functools.partial(data.cut_text, self.tokenizer)
-        return turns(path, phrase, demonstrations, self.order, self.blind, cut)
+        # an image of the pool passes the vision tower once in a run
+        self.image_features = functools.lru_cache(CACHED_IMAGES)(self.encode)
 
     def generate(self, input_ids, **inputs):
         """Greedy decoding by transformers -> ids of the replies (n, new), padded on the right."""
@@ -337,7 +294,7 @@ class InContext:
     def plain(self, path, phrase, demonstrations):
         """The definition: the chat with its images through the processor, then one `generate`.
         -> ids of the reply"""
-        chat = self.chat(path, phrase, demonstrations)
+        chat = turns(path, phrase, demonstrations, self.blind)
         for item in itertools.chain(*(message["content"] for message in chat)):
             if item["type"] == "image":
                 item["image"] = pad_to_square(data.load_image(item["image"]))
@@ -351,7 +308,7 @@ class InContext:
     def fast(self, path, phrases, demonstrations):
         """All phrases of an image: their prompts share instruction, demonstrations and image, which
         are prefilled once; then the phrases decode as one batch. -> lists of ids"""
-        chats = [self.chat(path, phrase, demonstrations) for phrase in phrases]
+        chats = [turns(path, phrase, demonstrations, self.blind) for phrase in phrases]
         prompts = [chat_ids(self.processor, chat) for chat in chats]
         # The longest common prefix of whole prompts, so nothing depends on how the tokenizer merges
         # a phrase with what precedes it; at least one token is left to predict from.
@@ -430,10 +387,9 @@ class InContext:
 
 # ---- other grounders: functions of the same rows and triplets -----------------------------------
 
-def prediction(row, region, boxes, malformed, raw, **more):
-    """A row of the predictions file."""
-    return {"image": row["image"], "phrase": region["phrase"], "boxes": region["boxes"],
-            "pred": boxes, "raw": raw, "malformed": malformed, **more}
+def prediction(row, region, boxes, malformed, raw):
+    """A row of the predictions file. region: phrase, boxes and perhaps similarity."""
+    return {"image": row["image"], **region, "pred": boxes, "raw": raw, "malformed": malformed}
 
 
 IMAGES_AT_ONCE, PHRASES_AT_ONCE = 64, 128
@@ -442,19 +398,18 @@ IMAGES_AT_ONCE, PHRASES_AT_ONCE = 64, 128
 @torch.no_grad()
 def lofi_answers(model, rows, found=None):
     """LoFi's own decoder (Table 4) on up to 64 images: one vision pass, phrases in batches."""
-    _, patches = model.encode_image([row["path"] for row in rows], with_patches=True)
+    image_emb, patches = model.encode_image([row["path"] for row in rows], with_patches=True)
     visual = model.visual_tokens(patches)                                          # (B, V, H)
+    rows = add_similarity(model, rows, image_emb)
     queries = [(i, region) for i, row in enumerate(rows) for region in row["regions"]]
     predictions = []
     for start in range(0, len(queries), PHRASES_AT_ONCE):
         batch = queries[start:start + PHRASES_AT_ONCE]
         prompts = [data.GROUNDING_PROMPT.format(phrase=region["phrase"]) for _, region in batch]
-        replies, scores = model.generate(visual[[i for i, _ in batch]], prompts,
-                                         model.config.answer_tokens)
-        for (i, region), reply, score in zip(batch, replies, scores):
+        replies = model.generate(visual[[i for i, _ in batch]], prompts)
+        for (i, region), reply in zip(batch, replies):
             boxes, malformed = data.text_to_boxes(reply)
-            predictions.append(prediction(rows[i], region, boxes, malformed, reply,
-                                          score=score))
+            predictions.append(prediction(rows[i], region, boxes, malformed, reply))
     return predictions
 
 
@@ -491,137 +446,130 @@ def prior_answers(prior, rows, found=None):
             for row in rows for region in row["regions"]]
 
 
-def load_grounder(lvlm, args, device, training):
-    """--lvlm -> a grounder; None for nearest, whose encoder is loaded later. Raises InputError."""
+def load_grounder(lvlm, args, device, encoder, training):
+    """--lvlm -> a function of rows and their triplets that answers. Raises InputError."""
     if lvlm == "lofi":
-        return functools.partial(lofi_answers, LoFi.from_pretrained(args.checkpoint, device))
+        is_own = isinstance(encoder, LoFi) and encoder.source == str(args.checkpoint)
+        model = encoder if is_own else LoFi.from_pretrained(args.checkpoint, device)
+        return functools.partial(lofi_answers, model)
+    if lvlm == "nearest":
+        return functools.partial(nearest_answers, encoder)
     if lvlm == "prior":
         return functools.partial(prior_answers, metrics.phrase_prior(training))
-    if lvlm == "nearest":
-        return None
     in_fp32 = args.precision == "fp32" or args.precision == "auto" and device.type == "cpu"
-    other = "nearest" if args.encoders or not read_config(args.checkpoint) else "lofi"
-    flags = [flag for flag in sys.argv[1:] if flag not in ("--blind", "--plain", "--show-prompt")]
-    hint = f"; without it: python icl_ground.py {shlex.join([*flags, '--lvlm', other])}"
-    is_text = load_pretrained(AutoConfig, lvlm, hint).model_type == "gemma3_text"
-    processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, lvlm, hint)
+    is_text = load_pretrained(AutoConfig, lvlm).model_type == "gemma3_text"
+    processor = load_pretrained(AutoTokenizer if is_text else Gemma3Processor, lvlm)
     model = load_pretrained(Gemma3ForCausalLM if is_text else Gemma3ForConditionalGeneration, lvlm,
-                            hint, attn_implementation="sdpa",
+                            attn_implementation="sdpa",
                             dtype=torch.float32 if in_fp32 else torch.bfloat16)
-    return InContext(model.to(device).eval(), processor, args.order, args.blind, args.plain,
-                     args.max_new_tokens, args.batch_size, args.feature_cache_gb)
+    return InContext(model.to(device).eval(), processor, args.blind, args.plain,
+                     args.max_new_tokens, args.batch_size)
 
 
-# ---- the picture of an answer -------------------------------------------------------------------
+# ==================================================================================================
+# The method ends here. Below: the picture of an answer, sets and their files, arguments and main.
+# ==================================================================================================
 
-TURQUOISE = "#35e0c8"                                      # ground truth
-
-
-def dashed(pen, x0, y0, x1, y1, colour, dash=12):
-    """A rectangle of dashes, for the ground truth."""
-    for x in range(round(x0), round(x1), 2 * dash):
-        for y in (y0, y1):
-            pen.line((x, y, min(x + dash, x1), y), colour, 4)
-    for y in range(round(y0), round(y1), 2 * dash):
-        for x in (x0, x1):
-            pen.line((x, y, x, min(y + dash, y1)), colour, 4)
-
+# ---- the picture of an answer (Fig. 1b) ---------------------------------------------------------
 
 def outcome(answer):
     """A short status for captions and messages."""
     words = ("malformed reply, no box" if answer["malformed"] else
              "predicted" if answer["pred"] else "no box predicted")
-    return words + (f", score {answer['score']:.2f}" if "score" in answer else "")
+    return words + (f", similarity {answer['similarity']:.2f}" if "similarity" in answer else "")
 
 
-def overlay(image, answers, longest=768):
-    """A grey image and its answers, rows of the predictions file -> PIL "RGB": predictions solid,
-    ground truth dashed, as in Figs. 2 and 3; each phrase in its colour, written below the image."""
-    size = [max(1, round(n * longest / max(image.size))) for n in image.size]
-    coloured, labels = list(zip(answers, itertools.cycle(data.COLOURS))), []
-    for answer, colour in coloured:
-        text = f"{answer['phrase']} ({outcome(answer)})"
-        labels += [(line, colour) for line in textwrap.wrap(text, max(12, size[0] // 11))]
-    if any(answer["boxes"] for answer in answers):
-        labels.append(("dashed: ground truth", TURQUOISE))
-    sheet = Image.new("RGB", (size[0], size[1] + 26 * len(labels) + 12))
-    sheet.paste(image.resize(size))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
-    for n, (text, colour) in enumerate(labels):
-        pen.text((8, size[1] + 6 + 26 * n), text, colour, font)
-    for answer, colour in coloured:
-        for box in answer["pred"]:
-            pen.rectangle([v * (n - 1) for v, n in zip(box, size * 2)], outline=colour, width=4)
-        for box in answer["boxes"]:
-            dashed(pen, *(v * (n - 1) for v, n in zip(box, size * 2)), TURQUOISE)
-    return sheet
+def answer_cell(image, answer):
+    """An image with its answer, a row of the predictions file: prediction solid, ground truth
+    dashed, as in Figs. 2 and 3 -> PIL "RGB"."""
+    regions = [{"phrase": "predicted", "boxes": answer["pred"]},
+               {"phrase": "ground truth", "boxes": answer["boxes"], "dashed": True}]
+    return data.cell(image, regions, f"{outcome(answer)}\nquery: {answer['phrase']}", "orange")
+
+
+def figure(image, answer, demonstrations):
+    """The query with its answer and, beside it, its four nearest demonstration images with their
+    phrases and boxes, as in Fig. 1b -> PIL "RGB"."""
+    cells = [answer_cell(image, answer)]
+    groups = itertools.groupby(demonstrations, key=lambda triplet: triplet["path"])
+    for path, group in itertools.islice(groups, 4):
+        triplets = list(group)
+        caption = f"demonstration {len(cells)}, cosine {triplets[0]['cosine']:.3f}"
+        cells.append(data.cell(data.load_image(path), triplets, caption))
+    return data.tile(cells, 5)
 
 
 # ---- a set --------------------------------------------------------------------------------------
 
-def count_answered(out, rows, settings):
-    """Prepare a predictions file to continue -> how many of the set's phrases it answers.
+def ground_set(rows, ground, found, out, is_fresh, by):
+    """Ground each phrase of each row, appending to a predictions file those that it does not have
+    yet; a file that is not fresh is started again. found: the triplets of each row; by: who
+    answers, and how, as text.
 
-    A half-written last line is dropped. The settings are kept in a file next to it. Raises
-    InputError, before a file is changed, unless both files are of this command and these settings;
-    then if the answers are not those of the set's first phrases."""
-    kept, before = out.with_suffix(".settings.json"), settings
-    if kept.exists() or out.stat().st_size:
-        try:
-            before = dict(json.loads(kept.read_text()))
-        except (OSError, ValueError, TypeError):
-            before = {}
-        if before.keys() != settings.keys():
-            raise InputError(f"{out}: cannot be continued: {kept} is missing, damaged or not of "
-                             "this command; choose another --out")
-    differ = [key for key in settings if settings[key] != before[key]]
-    if differ and out.stat().st_size:
-        was, now = ({key: of[key] for key in differ} for of in (before, settings))
-        raise InputError(f"{out}: was made with {was}, now {now}; use the same flags, or choose "
-                         "another --out")
-    metrics.write_json(kept, settings)
-    os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
-    answers = metrics.read_predictions(out) if out.stat().st_size else []
-    asked = ((row["image"], region["phrase"]) for row in rows for region in row["regions"])
-    for n, answer in enumerate(answers, 1):
-        if (answer["image"], answer["phrase"]) != next(asked, None):
-            raise InputError(f"{out}:{n}: {answer['phrase']!r:.60} on {answer['image']} is a "
-                             "duplicate or not the next phrase of this set; choose another --out")
-    return len(answers)
-
-
-def ground_set(rows, ground, found, out, settings):
-    """Ground each phrase of each row, appending to a predictions file what it does not have yet.
-
-    found: the triplets of each row. Under torchrun the processes share the images in rounds, and
-    only rank 0 reads and writes the file. -> what --json holds, on rank 0. Raises InputError."""
+    Under torchrun the processes share the images in rounds, and only rank 0 reads and writes the
+    file. -> what --json holds, on rank 0."""
     began, (rank, world) = time.time(), rank_and_world()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with metrics.lock(out) if rank == 0 else contextlib.nullcontext() as file:
-        n_answered = from_all(count_answered(out, rows, settings) if rank == 0 else 0)[0]
-        if n_answered:
-            say(f"{out}: resuming, {n_answered:,} phrases are already answered")
-        jobs = []                                              # rows with the phrases that are left
-        for row, triplets in zip(rows, found):
-            if left := row["regions"][n_answered:]:
-                jobs.append(({**row, "regions": left}, triplets))
-            n_answered = max(0, n_answered - len(row["regions"]))
-        n = 1 if isinstance(ground, InContext) else IMAGES_AT_ONCE
-        bar = tqdm(range(0, len(jobs), n * world), out.stem, unit="round", disable=rank > 0)
-        n_malformed = 0
+    known = read_answers(out, is_fresh, by) if rank == 0 else {}
+    known = from_all(known)[0]                                 # {(image, phrase): answer}
+    jobs = []                                                  # rows with the phrases that are left
+    for row, triplets in zip(rows, found):
+        left = [region for region in row["regions"]
+                if known.get((row["image"], region["phrase"]), {}).get("boxes") != region["boxes"]]
+        if left:
+            jobs.append(({**row, "regions": left}, triplets))
+    n = 1 if isinstance(ground, InContext) else IMAGES_AT_ONCE
+    bar = tqdm(range(0, len(jobs), n * world), out.stem, unit="round", disable=rank > 0)
+    with open(out, "a") if rank == 0 else contextlib.nullcontext() as file:
         for start in bar:
             share = jobs[start + n * rank:start + n * (rank + 1)]
-            answers = sum(from_all(ground(*zip(*share)) if share else []), [])
-            n_malformed += sum(answer["malformed"] for answer in answers)
-            bar.set_postfix(malformed=n_malformed, refresh=False)
-            if rank == 0:
-                file.write("".join(json.dumps(answer) + "\n" for answer in answers))
-                file.flush()
-    if rank == 0:
-        predictions = metrics.read_predictions(out)
-        return {"grounding": metrics.grounding_metrics(predictions),
-                "intervals": metrics.bootstrap(predictions), "n_images": len(rows),
-                "seconds": round(time.time() - began, 1)}
+            rows_of_share, found_of_share = [row for row, _ in share], [c for _, c in share]
+            answers = ground(rows_of_share, found_of_share) if share else []
+            for answer in itertools.chain(*from_all(answers)):
+                known[answer["image"], answer["phrase"]] = answer
+                if rank == 0:
+                    print(json.dumps({**answer, "by": by}), file=file, flush=True)
+            bar.set_postfix(malformed=sum(a["malformed"] for a in known.values()), refresh=False)
+    if rank > 0:
+        return {}
+    predictions = [known[row["image"], region["phrase"]]
+                   for row in rows for region in row["regions"]]
+    return {"grounding": metrics.grounding_metrics(predictions),
+            "intervals": metrics.bootstrap(predictions), "n_images": len(rows),
+            "seconds": round(time.time() - began, 1)}
+
+
+def read_answers(out, is_fresh, by):
+    """The answers that a predictions file holds -> {(image, phrase): its row}; {} if it is older
+    than the weights or a manifest. A half-written last line is dropped. Raises InputError if they
+    were made in another way."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not is_fresh:
+        print(f"{out}: older than the weights or the manifest, started again")
+        out.unlink()
+    if out.exists():
+        os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
+    if not out.exists() or not out.stat().st_size:
+        return {}
+    answers = metrics.read_predictions(out)
+    if others := {str(answer.get("by")) for answer in answers} - {by}:
+        raise InputError(f"{out}: holds answers by {min(others)}, not by {by}; name another file "
+                         "with --out")
+    print(f"{out}: {len(answers):,} phrases are already answered")
+    return {(answer["image"], answer["phrase"]): answer for answer in answers}
+
+
+def predictions_file(args, checkpoint, lvlm, k, source, is_one_of_several):
+    """--out, or RUN/SPLIT_LVLM_kK.jsonl -> the file, and what its answers depend on, as text."""
+    name = Path(lvlm).name + ("_blind" if args.blind else "")
+    out = retrieve.results_folder(checkpoint) / f"{args.split}_{name}_k{k}.jsonl"
+    if args.out:
+        part = "_" + re.sub(r"[^\w.-]+", "_", checkpoint).strip("_") + f"_k{k}"
+        out = Path(args.out).with_stem(Path(args.out).stem + part * is_one_of_several)
+    data_name, pool_name = (data.manifest_path(path).resolve().parent.name
+                            for path in (source, args.pool or source))
+    by = (f"{name}, k {k}, data {data_name} {args.split}, pool {pool_name}, at most "
+          f"{args.max_new_tokens} tokens" + (f", encoder {checkpoint}" if args.out else ""))
+    return out, by
 
 
 def with_prior(results, rows, training):
@@ -636,40 +584,86 @@ def with_prior(results, rows, training):
     return results, metrics.grounding_table(table)
 
 
-# ---- the command --------------------------------------------------------------------------------
+# ---- arguments and main -------------------------------------------------------------------------
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what to ground: one image and phrase, or a set").add_argument
+    add("--image", metavar="FILE", help="a chest X-ray of any mode and size")
+    add("--phrase", metavar="TEXT", help="the sentence to find on it")
+    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file: the set, and the "
+        "pool of demonstrations (default: what --checkpoint was trained on)")
+    add("--split", choices=["train", "val", "test"], default="test", help="(default: %(default)s)")
+    add("--out", metavar="FILE", help="picture of an image's answer (default: in runs/), or "
+        "predictions of a set, one file for each encoder and k; a stopped run continues there "
+        "(default: RUN/SPLIT_LVLM_kK.jsonl)")
+    add("--json", metavar="PATH", help="also write a set's scores there, as fractions")
+
+    add = parser.add_argument_group("demonstrations").add_argument
+    add("--checkpoint", default="runs/phantom", metavar="RUN", help="run folder of train.py, or a "
+        "SigLIP-family id or folder (default: %(default)s)")
+    add("--encoders", nargs="+", metavar="RUN", help="retrieve with each of these instead")
+    add("--k", type=int, nargs="+", default=[40], metavar="K", help="demonstrations per query; "
+        "Table 2: 20 40; MedGemma's row of Table 3: 0 (default: 40, the paper's best)")
+    add("--pool", metavar="PATH", help="manifest whose train and val splits give the "
+        "demonstrations (default: --data)")
+
+    add = parser.add_argument_group("grounder").add_argument
+    add("--lvlm", metavar="NAME", help="Gemma 3 id or folder (a text model is blind: no images); "
+        "lofi: LoFi's own decoder (Table 4); nearest: the boxes of the demonstration whose phrase "
+        "is closest by E_T; prior: the phrase's median training box (default: lofi if --checkpoint "
+        f"is a run of the tiny preset, else {MEDGEMMA}, which is gated)")
+    add("--blind", action="store_true", help="leave all images out of the prompt, to measure what "
+        "the demonstrations' text and boxes carry; not in the paper")
+    add("--max-new-tokens", type=int, default=512, metavar="N",
+        help="maximum tokens in a reply; not stated in the paper (default: %(default)s)")
+    add("--show-prompt", action="store_true", help="print the (first) prompt of MedGemma before "
+        "the answer; needs none of its weights")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="type of the LVLM's weights; auto: bf16, on a CPU fp32 (default: auto)")
+    add("--plain", action="store_true", help="one generate per phrase: slower, the same answers")
+    add("--batch-size", type=int, default=16, metavar="N",
+        help="phrases of an image decoded at once (default: %(default)s)")
+    return parser.parse_args()
+
 
 def check_args(args):
     """Reject invalid flags before anything is loaded. Raises InputError."""
-    metrics.check_ranges(args, {
-        "k": (1 if args.lvlm == "nearest" else 0, np.inf), "max_new_tokens": (1, 1e6),
-        "batch_size": (1, 1e6), "feature_cache_gb": (0, 1e6)})
-    suffix = ".png" if args.image else ".jsonl"
-    for wrong, problem in (                                    # (condition of an error, message)
-            (bool(args.image) != bool((args.phrase or "").strip()),
-             "--image and --phrase go together: an image, and the sentence to find on it"),
-            (args.lvlm in ("nearest", "prior") and args.show_prompt,
-             f"--show-prompt: --lvlm {args.lvlm} sends no prompt"),
-            (args.lvlm in ("lofi", "nearest", "prior") and (args.blind or args.plain),
-             f"--blind and --plain are for a Gemma 3, not for --lvlm {args.lvlm}"),
-            (args.image and (len(args.k) > 1 or len(args.encoders or []) > 1),
-             "--image takes one --k and one encoder; several are for a set"),
-            (args.out and Path(args.out).suffix != suffix, f"--out: expected a {suffix} file"),
-            (args.json and args.image, "--json is for a set's scores, not for --image")):
-        if wrong:
-            raise InputError(problem)
+    data.check_ranges(args, {"k": (1 if args.lvlm == "nearest" else 0, np.inf),
+                             "max_new_tokens": (1, 1e6), "batch_size": (1, 1e6)})
+    if bool(args.image) != bool((args.phrase or "").strip()):
+        raise InputError("--image and --phrase go together: an image, and the sentence to find on "
+                         "it")
+    if args.image and (len(args.k) > 1 or len(args.encoders or []) > 1 or args.json):
+        raise InputError("--image takes one --k, one encoder and no --json; those are for a set")
+    if args.lvlm in ("lofi", "nearest", "prior") and (args.blind or args.plain):
+        raise InputError(f"--blind and --plain are for a Gemma 3, not for --lvlm {args.lvlm}")
+    if args.lvlm in ("lofi", "prior") and args.encoders:
+        raise InputError(f"--encoders: --lvlm {args.lvlm} takes no demonstrations; give "
+                         "--checkpoint")
     if args.image:
         data.load_image(args.image)
+    if args.out:
+        data.check_output(args.out, ".png" if args.image else ".jsonl", args.image)
+    if args.json:
+        data.check_output(args.json, ".json")
 
 
 def default_lvlm(args):
     """MedGemma, or LoFi's own decoder if --checkpoint is a run of the tiny preset."""
     for_gemma = args.encoders or args.pool or args.blind or args.plain
-    config = None if for_gemma else read_config(args.checkpoint)
-    if not config or config.preset != "tiny":
+    if for_gemma or not is_run(args.checkpoint):
         return MEDGEMMA
-    print(f"icl_ground.py: {args.checkpoint} is a miniature run, so its own decoder answers "
-          f"(--lvlm lofi); to ask MedGemma, with demonstrations: --lvlm {MEDGEMMA}",
-          file=sys.stderr)
+    config = json.loads(Path(args.checkpoint, "config.json").read_text())
+    if config["preset"] != "tiny":
+        return MEDGEMMA
+    say(f"icl_ground.py: {args.checkpoint} is a miniature run, so its own decoder answers (--lvlm "
+        f"lofi); --lvlm {MEDGEMMA} sends MedGemma the image, the phrase and the demonstrations "
+        "(--show-prompt prints that prompt)", sys.stderr)
     return "lofi"
 
 
@@ -677,11 +671,12 @@ def query_rows(args, source, manifest):
     """The queries, as rows of the manifest: the boxed phrases of a split; or --phrase of --image,
     with the boxes and the patient that they have in the manifest, if any. Raises InputError."""
     if args.image:
-        row = data.find_row(manifest, args.image) or {"patient": None, "regions": []}
-        truth = [box for region in row["regions"] if region["phrase"] == args.phrase
+        row, phrase = data.find_row(manifest, args.image), data.one_line(args.phrase)
+        row = row or {"patient": None, "regions": []}
+        truth = [box for region in row["regions"] if region["phrase"] == phrase
                  for box in region["boxes"]]
         return [{**row, "image": args.image, "path": args.image,
-                 "regions": [{"phrase": args.phrase, "boxes": truth}]}]
+                 "regions": [{"phrase": phrase, "boxes": truth}]}]
     of_split = [row for row in manifest if row["split"] == args.split]
     rows = with_boxes(of_split)
     if not rows:
@@ -693,128 +688,129 @@ def query_rows(args, source, manifest):
     return rows
 
 
-def shown_prompt(ground, row, demonstrations):
-    """The prompt of a row's first phrase as text, with a note for the tokens of each image."""
-    phrase = row["regions"][0]["phrase"]
-    if not isinstance(ground, InContext):
-        return data.GROUNDING_PROMPT.format(phrase=phrase)
-    chat = ground.chat(row["path"], phrase, demonstrations)
-    text = ground.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+def shown_prompt(lvlm, args, encoder, row, demonstrations):
+    """The prompt of a row's first phrase as text, with a note for the tokens of each image: by the
+    LVLM's processor or, where it is not at hand, by our template."""
+    note, blind, template, others = "", args.blind, CHAT_TEMPLATE, ("lofi", "nearest", "prior")
+    try:
+        processor = load_pretrained(AutoProcessor, MEDGEMMA if lvlm in others else lvlm)
+        template = processor.chat_template or CHAT_TEMPLATE
+        blind |= not hasattr(processor, "image_processor")     # a text model
+    except InputError:
+        processor = encoder.text_tokenizer
+        note = "(Gemma 3's chat format; the LVLM's own processor is not at hand)\n"
+    chat = turns(row["path"], row["regions"][0]["phrase"], demonstrations, blind)
+    text = processor.apply_chat_template(chat, chat_template=template, tokenize=False,
+                                         add_generation_prompt=True)
     paths = iter(images_of(chat))
-    return re.sub("<start_of_image>", lambda token: (
-        f"{token[0]}[{ground.processor.image_seq_length} image tokens: {next(paths)}]"), text)
+    return note + re.sub("<start_of_image>", lambda t: f"{t[0]}[image: {next(paths)}]", text)
 
 
-def settings_of(args, lvlm, ground, source, pool, checkpoint, k):
-    """What predictions depend on; a run may be trained again, a manifest written again."""
-    weights = Path(checkpoint, "model.safetensors")
-    settings = {"lvlm": lvlm, "split": args.split, "order": args.order, "k": k,
-                "data": str(Path(source).resolve()), "pool": str(Path(pool).resolve()),
-                "manifests": [zlib.crc32(data.manifest_path(path).read_bytes())
-                              for path in (source, pool)], "encoder": checkpoint,
-                "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None}
-    if isinstance(ground, InContext):
-        settings |= {"blind": ground.blind, "dtype": str(ground.model.dtype),
-                     "max_new_tokens": ground.max_new_tokens}
-    return settings
-
-
-def print_answer(answer, out, **more):
-    """Write the overlay of an answer and print it as JSON, with boxes in pixels too."""
+def print_answer(answer, demonstrations, out, **more):
+    """Draw an answer beside its demonstrations; print both as JSON, with boxes in pixels too."""
     if not answer["pred"]:
         print(f"icl_ground.py: {outcome(answer)}, for {answer['phrase']!r:.100} on "
               f"{answer['image']}", file=sys.stderr)
     image = data.load_image(answer["image"])
-    metrics.write_file(out, lambda draft: overlay(image, [answer]).save(draft, "PNG"))
-    boxes, truth = answer.pop("pred"), answer.pop("boxes")
-    pixels = [[round(v * n) for v, n in zip(box, image.size * 2)] for box in boxes]
-    print(json.dumps({**answer, "boxes": boxes, "pixels": pixels, "overlay": str(out), **more,
-                      **({"ground_truth": truth} if truth else {})}))
+    sheet = figure(image, answer, demonstrations)
+    data.write_file(out, lambda draft: sheet.save(draft, "PNG"))
+    pixels = [[round(v * n) for v, n in zip(box, image.size * 2)] for box in answer["pred"]]
+    keys = "image", "phrase", "boxes", "cosine"
+    shown = {key: answer[key] for key in ("image", "phrase", "raw", "malformed", "similarity")}
+    print(json.dumps({**shown, "boxes": answer["pred"], "pixels": pixels, "overlay": str(out),
+                      **more, **({"ground_truth": answer["boxes"]} if answer["boxes"] else {}),
+                      "demonstrations": [{key: item[key] for key in keys}
+                                         for item in demonstrations]}))
 
 
-def main(args=None):
-    args = args or parse_args()
+def retrieve_demonstrations(args, checkpoint, device, rows, sources, k):
+    """Load an encoder -> it, the rows with the similarity of their phrases, k triplets of each row.
+    sources: the queries' manifest, the pool's manifest and rows."""
+    source, pool, pool_rows = sources
+    encoder = DualEncoder.load(checkpoint, device)
+    image_emb = (encoder.encode_image(args.image).cpu() if args.image else
+                 retrieve.image_embeddings(encoder, source, rows))                 # (Q, D)
+    is_one = os.path.samefile(*map(data.manifest_path, (source, pool)))
+    found = [[] for _ in rows]
+    if k:
+        found = find_demonstrations(encoder, rows, image_emb, pool, pool_rows, k, is_one)
+    return encoder, add_similarity(encoder, rows, image_emb), found
+
+
+def ground_image(args, lvlm, device, rows, sources, training):
+    """--image and --phrase: retrieve, answer, print JSON, draw answer and demonstrations."""
+    [checkpoint], [k] = args.encoders or [args.checkpoint], args.k
+    with contextlib.redirect_stdout(sys.stderr):               # stdout is for the JSON
+        encoder, rows, [found] = retrieve_demonstrations(args, checkpoint, device, rows, sources, k)
+        if args.show_prompt:
+            print(shown_prompt(lvlm, args, encoder, rows[0], found))
+        ground = load_grounder(lvlm, args, device, encoder, training)
+        [answer] = ground(rows, [found])                       # InContext.__call__ for an LVLM
+    parts = Path(args.image).resolve().parts[-3:]              # so names do not collide
+    out = Path(args.out or Path("runs", "_".join(parts) + "_grounded.png"))
+    print_answer(answer, found, out, lvlm=lvlm, n_demonstrations=len(found))
+    print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
+          f"{shlex.quote(checkpoint)} --data {shlex.quote(str(sources[0]))}", file=sys.stderr)
+
+
+def ground_table(args, lvlm, device, rows, sources, training):
+    """A row of Table 2 or 4 for each encoder and k -> ({row: its scores}, predictions files)."""
+    results, files, ground = {}, [], None
+    encoders, ks = args.encoders or [args.checkpoint], args.k
+    if lvlm in ("lofi", "prior"):                              # they take no demonstrations
+        encoders, ks = [args.checkpoint], [0]
+    for checkpoint in encoders:
+        encoder, found = None, [[] for _ in rows]
+        if any(ks) or args.show_prompt:
+            encoder, rows, found = retrieve_demonstrations(args, checkpoint, device, rows, sources,
+                                                           max(ks))
+        if args.show_prompt:
+            say(shown_prompt(lvlm, args, encoder, rows[0], found[0][:ks[0]]))
+        if ground is None or lvlm == "nearest":
+            ground = load_grounder(lvlm, args, device, encoder, training)
+        for k in ks:
+            out, by = predictions_file(args, checkpoint, lvlm, k, sources[0],
+                                       len(encoders) * len(ks) > 1)
+            files.append(out)
+            is_fresh = retrieve.is_fresh(out, checkpoint, *sources[:2])
+            name = Path(lvlm).name + (" (blind)" if getattr(ground, "blind", False) else "")
+            title = name if lvlm in ("lofi", "prior") else f"{name}, {checkpoint}, k={k}"
+            results[title] = ground_set(
+                rows, ground, [triplets[:k] for triplets in found], out, is_fresh, by)
+    return results, files
+
+
+def main():
+    began, args = time.time(), parse_args()
     silence_libraries()
     check_args(args)
-    began, device = time.time(), find_device(args.device)
-    rank, _ = join_processes()
-
-    # ---- defaults that follow from other flags; a missing run is named before missing weights
+    device = find_device(args.device)
+    rank, _ = join_processes(device)
     lvlm = args.lvlm or default_lvlm(args)
-    encoders, ks = args.encoders or [args.checkpoint], args.k
-    if lvlm in ("lofi", "prior") or not any(ks):               # no demonstrations
-        encoders, ks = [args.checkpoint], [0]
-    for encoder in encoders if any(ks) else []:
-        check_checkpoint(encoder)
-    try:
-        source = args.data or retrieve.trained_on(args.checkpoint)
-    except InputError:
-        if any(ks) or lvlm == "prior" or not args.image:
-            raise
-        source = None                                          # LoFi, and k 0, need only the image
-    manifest = data.read_manifest(source) if source else []
-    pool = args.pool or source
-    pool_rows = data.read_manifest(pool) if args.pool else manifest
+    for checkpoint in args.encoders or [args.checkpoint]:
+        check_checkpoint(checkpoint)
+    if lvlm not in ("lofi", "nearest", "prior") and not args.show_prompt:
+        load_pretrained(AutoConfig, lvlm)                      # if it is missing, say so first
+
+    source = args.data or retrieve.trained_on(args.checkpoint)
+    manifest, pool = data.read_manifest(source), args.pool or source
+    sources = source, pool, data.read_manifest(pool) if args.pool else manifest
     training = [row for row in manifest if row["split"] == "train"]
     rows = query_rows(args, source, manifest)
     if args.image:
-        out = Path(args.out or f"runs/{Path(args.image).stem}_grounded.png")
-    else:
-        folder = data.manifest_path(source).resolve().parent.name
-        name = Path(lvlm).name + ("_blind" if args.blind else "")
-        out = Path(args.out or f"runs/{folder}_{args.split}_{name}.jsonl")
-    retrieve.check_outputs({".json": args.json, out.suffix: out}, [args.image, source, pool],
-                           manifest + pool_rows, [args.checkpoint, *encoders, lvlm])
-
-    # ---- the grounder, before images are embedded: an LVLM's weights may be missing
-    ground = load_grounder(lvlm, args, device, training)
-    title = Path(lvlm).name + (" (blind)" if getattr(ground, "blind", False) else "")
-
-    # ---- demonstrations and answers, with each encoder and k
-    results, files = {}, []
-    for checkpoint in encoders:
-        found = [[] for _ in rows]
-        with contextlib.redirect_stdout(sys.stderr if args.image else sys.stdout):
-            if any(ks):
-                encoder = Encoder.load(checkpoint, device)
-                query_emb = (encoder.encode_image(args.image).cpu() if args.image else
-                             retrieve.image_embeddings(encoder, source, rows))     # (Q, D)
-                found = find_demonstrations(encoder, rows, query_emb, pool, pool_rows, max(ks))
-                if lvlm == "nearest":
-                    ground = functools.partial(nearest_answers, encoder)
-            if args.show_prompt:
-                say(shown_prompt(ground, rows[0], found[0][:ks[0]]))
-            if args.image:
-                [answer] = ground(rows, found)                 # InContext.__call__ for an LVLM
-        if args.image:
-            print_answer(answer, out, lvlm=lvlm, n_demonstrations=len(found[0]))
-            command = ["--lvlm", lvlm, "--checkpoint", checkpoint, "--data", str(source or "DIR")]
-            print(f"wrote {out}; next, a set: python icl_ground.py {shlex.join(command)}",
-                  file=sys.stderr)
-            return
-        for k in ks:
-            several = len(encoders) * len(ks) > 1
-            part = "_" + re.sub(r"[^\w.-]+", "_", checkpoint).strip("_") + f"_k{k}"
-            files.append(out.with_stem(out.stem + part) if several else out)
-            results[f"{title}, {checkpoint}, k={k}" if any(ks) else title] = ground_set(
-                rows, ground, [triplets[:k] for triplets in found], files[-1],
-                settings_of(args, lvlm, ground, source, pool, checkpoint, k))
+        return ground_image(args, lvlm, device, rows, sources, training)
+    results, files = ground_table(args, lvlm, device, rows, sources, training)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
         return
-
-    # ---- the table
     results, table = with_prior(results, rows, training if lvlm != "prior" else [])
     print(f"\ngrounding, % [95 % interval over images]\n{table}")
-    for name, result in results.items():
-        print("{}: {n_malformed:,} of {n_queries:,} replies are malformed".format(
-            name, **result["grounding"]))
     if args.json:
-        metrics.write_json(args.json, results if len(results) > 1 else results[name])
+        data.write_json(args.json, results if len(results) > 1 else next(iter(results.values())))
     print(f"\n{time.time() - began:.0f} s in total. Next: python metrics.py "
           + shlex.join(map(str, files)))
 
 
 if __name__ == "__main__":
-    metrics.run_command(main, ARGS, interrupted="stopped; the same command continues where it was")
+    data.run_command(main)

@@ -1,15 +1,15 @@
 """The four objectives of LoFi and their total (Sec. 2.0.1, Eq. 1 to 3), each a pure function.
 
-B images  D shared width  R rows of the LLM  L prompt and target tokens of a row
-N target tokens of all rows  H width of the LLM
-nll: (R,) -log p_LLM(target | image, prompt) of each row  task: (R,) its tau, an index in TASKS
+Letters: see model.py. nll: (R,) mean -log p_LLM of each row's target tokens, given image and prompt
+task: (R,) the tau of each row, an index in TASKS
 """
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-TASKS = "cgd"                       # tau of L_t: captioning, grounding, dense captioning
+from data import TASKS
+
 LOGITS_AT_ONCE = 2 ** 25            # 134 MB in float32
 
 
@@ -17,7 +17,8 @@ def sigmoid_loss(image_emb, text_emb, t, b):
     """Eq. 1: L_s = -1/B sum_ij log sigmoid(delta_ij (t I_i.T_j + b)), delta = 1 if i == j, else -1.
 
     image_emb: (B, D), text_emb: (B, D), unit length; t, b: scalars, SigLIP's learned temperature
-    and bias, which Eq. 1 leaves out. Returns a scalar. Equal texts in a batch count as negatives.
+    and bias, and the sum over pairs per image, as in SigLIP (Eq. 1 states neither). Returns a
+    scalar. Equal texts in a batch count as negatives.
     """
     logits = t * image_emb @ text_emb.T + b                                        # (B, B)
     delta = 2 * torch.eye(len(logits), device=logits.device) - 1
@@ -53,8 +54,8 @@ def autoregressive_nll(hidden, head, ids, is_target):
     """-log p_LLM(target | visual tokens, prompt) of each row, averaged over its target tokens.
 
     hidden: (N, H), states that predict the target tokens; head: H -> vocabulary; ids, is_target:
-    (R, L). Returns (R,), 0 for a row without a target. The mean over tokens makes four numbers
-    count as much as a long report (not stated in the paper)."""
+    (R, L). Returns (R,), 0 for a row without a target. The mean over tokens gives a box (four
+    numbers) the weight of a long report (not stated in the paper)."""
     nll = token_nll(hidden, head, ids[is_target])                                  # (N,)
     row_of_target, _ = is_target.nonzero(as_tuple=True)                            # (N,)
     total = nll.new_zeros(len(ids)).index_add(0, row_of_target, nll)               # (R,)

@@ -1,159 +1,34 @@
 """Scores: retrieval (Table 1) and phrase grounding (Section 3.2, Tables 2 to 4).
 
-    python metrics.py PREDICTIONS [...] [--json PATH] [--bootstrap N] [--by phrase]
+    python metrics.py PREDICTIONS [...] [--json PATH] [--bootstrap N]
 
 prints a row for each predictions file, in percent, each value with its 95 % interval over images,
 such as 73.49 [70.12, 76.63]. A file has one query, an image and a phrase, on each line:
 
     {"image": "images/0001.png", "phrase": "The heart is enlarged.",
      "boxes": [[0.38, 0.51, 0.78, 0.84]], "pred": [[0.40, 0.50, 0.80, 0.85]],
-     "raw": "the model's reply", "malformed": false, "score": 0.93}
+     "raw": "the model's reply", "malformed": false, "similarity": 0.31}
 
 "boxes" are the true boxes, "pred" the predicted ones; either may be []. "raw", "malformed" (the
-reply could not be read and counts as no boxes) and "score" (how sure the model is, 0 to 1) may be
-missing. icl_ground.py writes such files.
+reply could not be read and counts as no boxes) and "similarity" (cos(E_I(I), E_T(phrase)) minus
+that of the empty text) may be missing. icl_ground.py writes such files.
+
+Q queries  C candidates  K cutoff rank  N, M predicted and target boxes of a query
+boxes: (x0, y0, x1, y1), fractions of width and height; preds, targets: a list of boxes a query
 """
 
 import argparse
-import contextlib
-import csv
 import itertools
 import json
-import os
-import pickle
-import re
-import shlex
-import struct
-import sys
-import uuid
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 
-# Q queries  C candidates  K cutoff rank  N, M predicted and target boxes of a query
-# boxes: (x0, y0, x1, y1), fractions of width and height; preds, targets: a list of boxes a query
+from data import (InputError, box_iou, box_problem, check_output, check_ranges, drop_degenerate,
+                  first_line, format_table, run_command, write_json)
 
 PERCENT = ("Ro/L", "Ro/S", "F@0.5", "P@0.5", "R@0.5")            # the columns of Tables 2 to 4
-
-
-# ---- errors, files and tables: shared by all scripts ---------------------------------------------
-
-class InputError(ValueError):
-    """Invalid input. The message is one line: what was given, what is expected, what to do."""
-
-
-# What reading a damaged or foreign file may raise, apart from InputError.
-DAMAGED = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
-           ArithmeticError, AssertionError, ImportError, pickle.UnpicklingError, csv.Error,
-           struct.error, zlib.error, zipfile.BadZipFile)
-
-
-def first_line(error):
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def run_command(main, *args, interrupted="interrupted"):
-    """Run a script's main; an error that a user can fix ends it with one line, exit status 1."""
-    name = Path(sys.argv[0]).name
-    if "" in sys.argv[1:]:
-        sys.exit(f"{name}: an argument is empty; is a variable of the shell not set?")
-    for arg in sys.argv[1:]:
-        if (text := arg.encode(errors="replace").decode()) != arg:
-            sys.exit(f"{name}: {text}: an argument is not valid UTF-8")
-    try:
-        main(*args)
-    except (InputError, OSError) as error:
-        sys.exit(f"{name}: {first_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: {interrupted}")
-    except (RuntimeError, MemoryError) as error:    # torch on a CPU raises a plain RuntimeError
-        if "DataLoader worker" in str(error):
-            sys.exit(f"{name}: {first_line(error)} If memory ran out, lower --workers or "
-                     "--batch-size; train.py --resume continues")
-        if not (isinstance(error, MemoryError)
-                or re.search("out of memory|allocate memory", str(error))):
-            raise
-        sys.exit(f"{name}: out of memory; lower --batch-size; train.py also has --accumulate and "
-                 "--grad-checkpoint, icl_ground.py --k, metrics.py --bootstrap")
-
-
-def write_file(path, write):
-    """Write a file atomically, and its folders: write(draft), then rename the draft to path.
-    Raises InputError; a file that was there is then unchanged."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.touch()
-        mode = draft.stat().st_mode                              # the umask's; write() may differ
-        write(draft)
-        draft.chmod(mode)
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:                     # torch.save raises RuntimeError
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{path}: cannot be written ({reason}); make room or choose another path, "
-                         "then run the same command again")
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """Write a JSON file atomically. Raises InputError."""
-    write_file(path, lambda draft: draft.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def check_output(path, suffix, inputs):
-    """Raise InputError if an output path is a folder, is one of the inputs, directly or through a
-    link, is a file of settings, or has another suffix."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, expected a file to write")
-    if path.exists() and any(os.path.exists(file) and path.samefile(file) for file in inputs):
-        raise InputError(f"{path}: is an input of this command and would be overwritten; choose "
-                         "another output path")
-    if path.name == "prepare.json" or path.name.endswith(".settings.json"):
-        raise InputError(f"{path}: a set or predictions need this file; choose another output path")
-    if path.suffix != suffix:
-        raise InputError(f"{path}: expected a {suffix} file to write")
-
-
-def check_ranges(args, ranges):
-    """Raise InputError unless flags are in their ranges, {name in args: (low, high)}."""
-    for name, (low, high) in ranges.items():
-        flag = "lambda" if name == "lam" else name.replace("_", "-")
-        values = getattr(args, name, None)                       # None: not given, or no such flag
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and not low <= value <= high:   # NaN compares as False
-                most = "or more" if high == np.inf else f"to {high:,.10g}"
-                raise InputError(f"--{flag} {value}: expected {low:g} {most}")
-
-
-def lock(path):
-    """Open a file to append and lock it, until the process ends. Raises InputError if another
-    process holds the lock."""
-    file = open(path, "a")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:                                          # Windows: files are not locked
-        pass
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"{path}: another process is writing this file; wait for it to end, or "
-                         "choose another --out")
-    return file
-
-
-def format_table(rows):
-    """Rows of text, the header first -> aligned lines: first column left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-                     for row in rows)
 
 
 # ---- retrieval (Table 1) -------------------------------------------------------------------------
@@ -194,39 +69,6 @@ def auroc(scores, labels):
 
 # ---- boxes and grounding (Tables 2 to 4) ---------------------------------------------------------
 
-def box_problem(box):
-    """An error message for an invalid box, expected [x0, y0, x1, y1] in fractions; else None."""
-    if not (isinstance(box, list) and len(box) == 4
-            and all(type(v) in (int, float) and abs(v) < np.inf for v in box)):  # nor NaN
-        return "is not a list of 4 numbers, or has one that is not finite"
-    if max(box) > 2:
-        return "looks like pixels: divide x by the image's width and y by its height"
-    if box[2] <= box[0] or box[3] <= box[1]:
-        return "has x1 <= x0 or y1 <= y0: corners are expected, not x, y, width, height"
-    if min(box) < -1e-6 or max(box) > 1 + 1e-6:
-        return "leaves the image: clip it to [0, 1]"
-
-
-def drop_degenerate(boxes):
-    """Remove boxes narrower or lower than a millionth of the image, whose area is 0."""
-    return [box for box in boxes if box[2] - box[0] >= 1e-6 and box[3] - box[1] >= 1e-6]
-
-
-def box_iou(a, b, generalized=False):
-    """IoU = intersection / union. (N, 4), (M, 4) -> (N, M), in [0, 1].
-    generalized: GIoU = IoU - (hull - union) / hull, in (-1, 1], with the enclosing box as hull
-    (Rezatofighi et al. 2019). (0, 0, .2, .2), (.4, 0, .6, .2): 0 - (.12 - .08) / .12 = -1/3."""
-    a, b = np.asarray(a, float).reshape(len(a), 1, 4), np.asarray(b, float).reshape(1, len(b), 4)
-    for box in (a, b):                                           # checked where a file is read
-        assert (box[..., :2] < box[..., 2:]).all(), f"expected x0 < x1 and y0 < y1, got {box}"
-    low, high = np.minimum(a, b), np.maximum(a, b)                          # (N, M, 4)
-    inter = (low[..., 2:] - high[..., :2]).clip(0).prod(-1)                 # (N, M)
-    union = sum((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)) - inter
-    hull = (high[..., 2:] - low[..., :2]).prod(-1)
-    iou = inter / union
-    return iou - (hull - union) / hull if generalized else iou
-
-
 def hungarian(cost):
     """The min(N, M) one-to-one pairs of least total cost, by shortest augmenting paths.
     cost: (N, M), finite -> (rows, cols). [[1, 2], [1, 9]]: [0, 1], [1, 0]; greedy would cost 10."""
@@ -266,7 +108,8 @@ def precision_recall_f1(preds, targets, threshold=0.5, weights=None):
 
     TP of a query: the most one-to-one pairs with IoU >= threshold, *not stated in the paper*; the
     best pair first, and so on, can be fewer. Micro is inferred: whole numbers of TP out of n_gt =
-    1521 boxes give every R of Tables 2 to 4; k = 40: TP 376, n_pred 1447, so P .2598, R .2472."""
+    1521 boxes give every R of Tables 2 to 4; k = 40: TP 376, n_pred 1447, so P .2598, R .2472. (But
+    Sec. 3.0.1 speaks of 2,404 test pairs.)"""
     tp = np.zeros(len(preds), int)
     for i, (pred, target) in enumerate(zip(preds, targets, strict=True)):
         hit = box_iou(pred, target) >= threshold - 1e-9          # an IoU of exactly 1/2 counts
@@ -348,72 +191,48 @@ def phrase_prior(rows):
     return lambda phrase: [list(box) for box in medians.get(phrase) or unknown]
 
 
-# ---- the predictions file and the command --------------------------------------------------------
-
-def row_problem(row):
-    """An error message for an invalid row of a predictions file, else None."""
-    kinds = {"image": [str], "phrase": [str], "boxes": [list], "pred": [list],
-             "malformed": [bool, type(None)], "score": [float, int, type(None)]}
-    for key, types in kinds.items():
-        if type(row.get(key)) not in types:
-            got = f"{row[key]!r:.60}" if key in row else "nothing"
-            return f'got {got} for "{key}", expected a {types[0].__name__}'
-    for box in row["boxes"] + row["pred"]:
-        if problem := box_problem(box):
-            return (f"the box {box!r:.80} {problem}; expected [x0, y0, x1, y1] as fractions of the "
-                    "image's width and height")
-
+# ==================================================================================================
+# The metrics end here. Below: the predictions file and the command.
+# ==================================================================================================
 
 def read_predictions(path):
     """Predictions file -> its rows, without boxes of almost no area. Raises InputError."""
     rows, lines = [], Path(path).read_bytes().splitlines() if Path(path).is_file() else []
     if not lines:
         raise InputError(f"{path}: no such file, or it is empty; expected one JSON object on each "
-                         "line, as icl_ground.py --out writes (see --help)")
+                         "line, as icl_ground.py writes (see --help)")
     for number, line in enumerate(lines, 1):
         try:
-            row = dict(json.loads(line))                         # TypeError: a number, a list, ..
-            json.dumps(row, ensure_ascii=False).encode()         # no lone surrogates
-        except (ValueError, TypeError, RecursionError):
-            cut = "; if its writer was interrupted, delete the line" if number == len(lines) else ""
-            raise InputError(f"{path}:{number}: got {line[:40].decode(errors='replace')}, expected "
-                             f"a JSON object on the line{cut}") from None
-        if problem := row_problem(row):
-            raise InputError(f"{path}:{number}: {problem}")
-        rows.append({"malformed": False, **row, "boxes": drop_degenerate(row["boxes"]),
+            row = {"malformed": False, **json.loads(line)}
+            _, _, boxes = row["image"], row["phrase"], row["boxes"] + row["pred"]
+        except (ValueError, TypeError, LookupError) as error:
+            raise InputError(f"{path}:{number}: expected a JSON object with image, phrase, boxes "
+                             f"and pred ({type(error).__name__}: {first_line(error)})")
+        for box in boxes:
+            if problem := box_problem(box):
+                raise InputError(f"{path}:{number}: the box {box!r:.80} {problem}; expected [x0, "
+                                 "y0, x1, y1] as fractions of the image's width and height")
+        rows.append({**row, "boxes": drop_degenerate(row["boxes"]),
                      "pred": drop_degenerate(row["pred"])})
     return rows
 
 
 def grounding_table(results):
-    """{model: {"grounding": .., "intervals": .. or missing}} -> Tables 2 to 4 as text."""
-    table = [("Model", *PERCENT)]
+    """{model: {"grounding": .., "intervals": .. or missing}} -> Tables 2 to 4 as text, and the
+    number of malformed replies, which count as no boxes."""
+    table, malformed = [("Model", *PERCENT)], []
     for model, result in results.items():
-        cells = [f"{100 * result['grounding'][key]:.2f}" for key in PERCENT]
+        scores = result["grounding"]
+        cells = [f"{100 * scores[key]:.2f}" for key in PERCENT]
         for i, key in enumerate(PERCENT if "intervals" in result else ()):
             cells[i] += " [{:.2f}, {:.2f}]".format(*(100 * end for end in result["intervals"][key]))
         table.append((model, *cells))
-    return format_table(table)
+        if model != "phrase prior":
+            malformed.append(f"{scores['n_malformed']:,} of {scores['n_queries']:,} ({model})")
+    return f"{format_table(table)}\nmalformed replies: {', '.join(malformed) or 'none'}"
 
 
-def phrase_table(rows, least=5, n=10):
-    """The n worst and n best phrases by mIoU, of those with boxes in at least `least` queries."""
-    groups = defaultdict(list)
-    for row in rows:
-        if row["boxes"] or row["pred"]:
-            groups[row["phrase"]].append(row)
-    scores = {phrase: grounding_metrics(group) for phrase, group in groups.items()
-              if len(group) >= least}
-    table = [(phrase, f"{100 * score['mIoU']:.2f}", f"{100 * score['F@0.5']:.2f}",
-              str(score["n_queries"]))
-             for phrase, score in sorted(scores.items(), key=lambda item: item[1]["mIoU"])]
-    if len(table) > 2 * n:
-        table[n:-n] = [("...", "", "", "")]
-    return (f"{len(scores)} of {len(groups)} phrases occur at least {least} times; worst first\n"
-            + format_table([("phrase", "mIoU", "F@0.5", "queries"), *table]))
-
-
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -422,31 +241,25 @@ def main():
     add("--bootstrap", type=int, default=1000, metavar="N",
         help="resamples of the images for the 95 %% intervals; 0: none, as in the paper "
         "(default: %(default)s)")
-    add("--by", choices=["phrase"], help="also list the ten worst and ten best phrases by mIoU")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args, results = parse_args(), {}
     check_ranges(args, {"bootstrap": (0, 1e5)})
     if args.json:
-        check_output(args.json, ".json", args.predictions)
-
-    stems = [path.stem for path in args.predictions]
-    names = stems if len(set(stems)) == len(stems) else map(str, args.predictions)
-    results, notes = {}, []
-    for name, path in zip(names, args.predictions):
+        check_output(args.json, ".json")
+    for path in args.predictions:
         rows = read_predictions(path)
-        scores = grounding_metrics(rows)
-        results[name] = {"grounding": scores}
+        results[str(path)] = {"grounding": grounding_metrics(rows)}
         if args.bootstrap:
-            results[name]["intervals"] = bootstrap(rows, args.bootstrap)
-        notes.append("\n{}: {n_queries} queries, {n_malformed} malformed; {TP} of {n_pred} "
-                     "predicted and of {n_gt} true boxes match; mIoU {mIoU:.2%}".format(
-                         name, **scores))
-        if args.by:
-            notes.append(phrase_table(rows))
-    print(grounding_table(results), *notes, sep="\n")
+            results[str(path)]["intervals"] = bootstrap(rows, args.bootstrap)
+    print(grounding_table(results))
+    for name, result in results.items():
+        print("{}: {TP} of {n_pred} predicted and of {n_gt} true boxes match; mIoU {mIoU:.2%}"
+              .format(name, **result["grounding"]))
     if args.json:
         write_json(args.json, results if len(results) > 1 else results[name])
-    if not args.by:
-        print(f"Next: python metrics.py {shlex.quote(str(args.predictions[0]))} --by phrase")
 
 
 if __name__ == "__main__":

@@ -2,67 +2,34 @@
 
     from model import LoFi
     model = LoFi.from_pretrained("runs/phantom")
+    model.report("x.png")                                  # -> the image's report
     model.ground("x.png", ["The heart is enlarged."])      # -> boxes of each phrase
+    model.describe("x.png", [[0.4, 0.5, 0.8, 0.8]])        # -> the sentence about a region
     emb = model.encode_image(["a.png", "b.png"])           # -> (2, D), unit length, no gradient
     emb @ model.encode_text(["No nodule."]).T              # -> (2, 1) cosines
+    model.export("siglip")                                 # a plain SiglipModel folder, LoRA merged
 
-    python model.py ask RUN IMAGE --phrase WORDS ...       # boxes; without --phrase the report
-    python model.py export RUN OUT                         # a plain SiglipModel folder, LoRA merged
-
+The letters of all files:
 B images, S x S pixels  P patches, D_v wide, g patches a side, P = g * g  V visual tokens (64)
-T text tokens  D shared width of image and text  H LLM width
-R rows of the LLM (image, prompt, target)  L prompt and target tokens  N target tokens of all rows
+T text tokens  D shared width of image and text  H LLM width  K demonstrations
+R rows of the LLM: image, prompt, target  L prompt and target tokens  N target tokens of all rows
 boxes: (x0, y0, x1, y1), fractions of width and height
 
-Below: Config, AttentionPooling, building the parts, Encoder, LoFi (forward, nll, answers, save and
-load). The method ends there; then files, devices and processes, and the commands.
+Below: Config, AttentionPooling, building the parts, DualEncoder, LoFi (forward, nll, answers, save
+and load). The method ends there; then towers from scratch, loading, devices and processes.
 """
 
-import argparse
-import json
-import sys
-
-
-# ---- arguments: before the imports that take seconds, so that --help answers at once -------------
-
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Ask a trained LoFi about an image, or export its encoder.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    words = "merge LoRA into a plain SiglipModel folder, which transformers loads without this code"
-    add = commands.add_parser("export", help=words, description=words).add_argument
-    add("run", help="run folder of train.py")
-    add("out", help="folder to write: SiglipModel, tokenizer and image processor")
-    words = "print JSON: an image's report, the boxes of phrases, or the sentence of a box"
-    ask = commands.add_parser(
-        "ask", help=words, description=words, epilog="A score is the geometric mean probability of "
-        "an answer's tokens and is not calibrated: LoFi is never taught that a finding is absent, "
-        "so it answers almost any phrase with boxes.")
-    ask.add_argument("run", help="run folder of train.py")
-    ask.add_argument("image", help="a chest X-ray of any mode and size")
-    add = ask.add_mutually_exclusive_group().add_argument
-    add("--phrase", nargs="+", metavar="WORDS", help="findings, each a sentence (Eq. 3)")
-    add("--box", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"),
-        help="region to describe, as fractions of width and height")
-    return parser.parse_args()
-
-
-ARGS = parse_args() if __name__ == "__main__" else None
-
-# ruff: noqa: E402
+import copy
 import dataclasses
 import functools
+import json
 import logging
 import math
 import os
 import re
 import shutil
 import tempfile
-import textwrap
-import urllib.error
-import urllib.request
 import warnings
-import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -71,19 +38,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from peft.utils.loftq_utils import SafetensorError          # safetensors is peft's dependency
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel,
+from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel,
                           PreTrainedTokenizerFast, SiglipConfig, SiglipModel)
 from transformers import logging as transformers_logging
-from transformers.modeling_utils import safe_open, safe_save_file
-from transformers.utils.hub import is_offline_mode
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import data
+from data import InputError, box_problem, first_line, write_file, write_json
 from losses import autoregressive_nll
-from metrics import (DAMAGED, InputError, box_problem, first_line, run_command, write_file,
-                     write_json)
 
 # ---- hyper-parameters, each once ----------------------------------------------------------------
 
@@ -110,13 +77,12 @@ class Config:
     batch_size: int = 16            #                                                   (Sec. 2.0.4)
     muon_lr: float = 0.0            # rate of Muon for hidden matrices, in units of lr; 0: AdamW
     text_lr: float = 1.0            # rate of the text tower, as a share of the others'
-    scale_lr: float = 1.0           # rate of t' and b, as a share of lr
+    scale_lr: float = 1.0           # rate of t' and b, as a factor on lr
     warmup: float = 0.02            # share of the steps; not stated in the paper
     weight_decay: float = 0.01      # not stated in the paper
     clip: float = 1.0               # gradient norm; not stated in the paper
     n_regions: int = 1              # regions of an image in a step; not stated in the paper
-    max_target: int = 256           # tokens of a target; not stated in the paper
-    answer_tokens: int = 160        # of boxes (nine) or a phrase; not stated in the paper
+    max_target: int = 256           # tokens of a target or an answer; not stated in the paper
     augment: float = 0.0            # strength of augmentation; not stated in the paper
     cache: bool = False             # keep decoded images in memory
     vocab_size: int = 32_000        # at most, of a tokenizer that is learned from the texts
@@ -134,8 +100,8 @@ PAPER = Config()
 TINY = Config(                          # for a few hundred images on a CPU
     preset="tiny", encoder=None, llm=None, n_queries=9, lora_rank=0, llm_lora_rank=0,
     lr=1.2e-3, muon_lr=5.0, text_lr=0.3, scale_lr=10, weight_decay=0.05,
-    steps=1400, epochs=None, batch_size=36, n_regions=3, max_target=34,
-    answer_tokens=64, augment=0.65, cache=True, vocab_size=1024,
+    steps=1400, epochs=None, batch_size=36, n_regions=3, max_target=72, augment=0.65,
+    cache=True, vocab_size=1024,
     vision=dict(TINY_TOWER, num_hidden_layers=3, image_size=60, patch_size=12),
     text=dict(TINY_TOWER, num_hidden_layers=1, max_position_embeddings=24, projection_size=128),
     decoder=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
@@ -164,7 +130,8 @@ def grid_code(n, width, heads):
 
 
 class AttentionPooling(nn.Module):
-    """V learned queries attend to P patches, then a projection to the LLM's width (Sec. 2.0.1).
+    """V learned queries attend to P patches, then a projection to the LLM's width (Sec. 2.0.1: "64
+    attention pooling modules", here one attention with 64 queries).
 
     The queries start on a grid over the image, and the keys carry the same position code, so that
     each query starts by attending to its own position (not stated in the paper)."""
@@ -173,7 +140,7 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.register_buffer("position", grid_code(round(n_patches ** 0.5), width, heads),
                              persistent=False)                                     # (P, D_v)
-        # V = 64: an 8 x 8 grid; other V: evenly spaced positions of the next larger grid
+        # V = 64: an 8 x 8 grid; a V that is no square: evenly spaced positions of the next grid
         code = grid_code(math.ceil(n_queries ** 0.5), width, heads)
         chosen = torch.linspace(0, len(code) - 1, n_queries).round().long()
         self.queries = nn.Parameter(2 * code[chosen])     # 2: sharper attention    (V, D_v)
@@ -202,26 +169,11 @@ LLM_LORA = r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"
 
 def build_encoder(config, batch_size=None):
     """E_I and E_T: the pretrained SiglipModel, or one of the same class with random weights, whose
-    b starts by the batch size (config's by default)."""
+    b starts at -log of the batch size (of all processes; config's by default)."""
     if config.encoder:
         return load_pretrained(SiglipModel, config.encoder, dtype=torch.float32)
     siglip = SiglipModel(SiglipConfig(vision_config=config.vision, text_config=config.text))
-    with torch.no_grad():
-        siglip.logit_scale.fill_(math.log(10))                 # t' as SigLIP starts it
-        # b = -log(B), as one pair of B is positive; SigLIP's -10 is for B = 32,768
-        siglip.logit_bias.fill_(-math.log(batch_size or config.batch_size))
-        position = siglip.vision_model.embeddings.position_embedding.weight
-        position.copy_(grid_code(round(len(position) ** 0.5), position.shape[1],
-                                 config.vision["num_attention_heads"]))
-        # SigLIP pools the text at its last position, often padding. Larger token embeddings and
-        # smaller position embeddings make the first output about the mean of the words.
-        words = siglip.text_model.embeddings
-        words.token_embedding.weight.mul_(3)
-        words.token_embedding.weight[config.text["pad_token_id"]].zero_()
-        words.position_embedding.weight.mul_(0.2)
-    if not config.lora_rank:
-        zero_residual_branches(siglip.vision_model)
-    return siglip
+    return init_from_scratch(siglip, config, batch_size or config.batch_size)
 
 
 def build_llm(config):
@@ -229,17 +181,7 @@ def build_llm(config):
     if config.llm:
         return load_pretrained(Gemma3ForCausalLM, config.llm, dtype=torch.float32)
     llm = Gemma3ForCausalLM(Gemma3TextConfig(**config.decoder))
-    if not config.llm_lora_rank:
-        zero_residual_branches(llm)
-    return llm
-
-
-@torch.no_grad()
-def zero_residual_branches(part):
-    """Zero the last matrix of attention and MLP: layers start as the identity and learn faster."""
-    for name, p in part.named_parameters():
-        if re.search(r"layers.*\.(out_proj|o_proj|fc2|down_proj)\.weight", name):
-            p.zero_()
+    return llm if config.llm_lora_rank else zero_residual_branches(llm)
 
 
 def add_lora(part, rank, alpha, target_modules):
@@ -249,89 +191,115 @@ def add_lora(part, rank, alpha, target_modules):
     lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules)
     with warnings.catch_warnings():     # peft still reads a deprecated attribute of transformers
         warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(part, lora)
+        part = get_peft_model(part, lora)
+    for layer in part.modules():        # autocast chooses the type; peft would cast to fp32 first
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+    return part
 
 
 # ---- E_I and E_T --------------------------------------------------------------------------------
 
-class Encoder(nn.Module):
+class DualEncoder(nn.Module):
     """E_I and E_T (Sec. 2.0.1): a SiglipModel and its tokenizer. LoFi extends it."""
 
-    def __init__(self, siglip, text_tokenizer):
+    def __init__(self, siglip, text_tokenizer, source=None):
         super().__init__()
-        self.siglip, self.text_tokenizer, self.source = siglip, text_tokenizer, None
+        self.siglip, self.text_tokenizer, self.source = siglip, text_tokenizer, source
         self.image_size = siglip.config.vision_config.image_size
         self.text_length = siglip.config.text_config.max_position_embeddings
         check_tokenizer(text_tokenizer, siglip.config.text_config.vocab_size)
 
     @staticmethod
     def load(source, device="cpu"):
-        """A run folder of train.py -> LoFi; a SigLIP-family id or folder -> Encoder, for baselines.
-        Raises InputError."""
-        check_checkpoint(source)
-        if read_config(source):
+        """A run folder of train.py -> LoFi; a SigLIP-family id or folder -> DualEncoder, for
+        baselines. Raises InputError."""
+        if is_run(source):
             return LoFi.from_pretrained(source, device)
-        encoder = Encoder(load_pretrained(SiglipModel, source, dtype=torch.float32),
-                          load_pretrained(PreTrainedTokenizerFast, source)).to(device).eval()
-        encoder.source = str(source)
-        return encoder
+        return DualEncoder(load_pretrained(SiglipModel, source, dtype=torch.float32),
+                           load_tokenizer(source), source).to(device).eval()
 
     @property
     def device(self):
         return self.siglip.logit_scale.device
 
     def pixels(self, images):
-        """A path, a PIL image, or a list of them -> (B, S, S) uint8; a tensor is left as it is."""
+        """One image or a list (path, PIL image, (h, w) or (h, w, 3) uint8 array), or a (B, S, S)
+        uint8 tensor -> (B, S, S) uint8. Raises InputError."""
+        size = self.image_size
         if isinstance(images, torch.Tensor):
+            if images.dtype != torch.uint8 or images.shape[1:] != (size, size):
+                raise InputError(f"got a tensor of {images.dtype}, {tuple(images.shape)}, expected "
+                                 f"uint8, (B, {size}, {size}); a path or a PIL image can be any")
             return images.to(self.device)
         images = images if isinstance(images, (list, tuple)) else [images]
-        pixels = [np.array(data.load_image(image, self.image_size)) for image in images]
+        if not images:
+            raise InputError("got no image, expected one or a list of them")
+        pixels = [np.array(data.load_image(image, size)) for image in images]
         return torch.from_numpy(np.stack(pixels)).to(self.device)
 
-    def encode_image(self, images, with_patches=False, requires_grad=False):
-        """E_I: images (B, S, S) uint8, or paths, or PIL images -> (B, D) of unit length.
+    def image_features(self, pixels):
+        """(B, S, S) uint8 -> image_emb (B, D) of unit length, patch tokens (B, P, D_v)."""
+        # three equal channels, from 0..255 to SigLIP's -1..1
+        pixels = pixels[:, None].expand(-1, 3, -1, -1) / 127.5 - 1                 # (B, 3, S, S)
+        out = self.siglip.get_image_features(pixel_values=pixels)
+        return F.normalize(out.pooler_output.float(), dim=-1), out.last_hidden_state
 
-        with_patches: also the patch tokens (B, P, D_v) that the attention pooling takes.
-        requires_grad: track gradients, as training does."""
-        with torch.set_grad_enabled(requires_grad and torch.is_grad_enabled()):
-            # three equal channels, from 0..255 to SigLIP's -1..1
-            pixels = self.pixels(images)[:, None].expand(-1, 3, -1, -1) / 127.5 - 1  # (B, 3, S, S)
-            out = self.siglip.get_image_features(pixel_values=pixels)
-            image_emb = F.normalize(out.pooler_output.float(), dim=-1)             # (B, D)
-        return (image_emb, out.last_hidden_state) if with_patches else image_emb
+    def text_features(self, ids):
+        """(B, T) ids -> text_emb (B, D) of unit length."""
+        out = self.siglip.get_text_features(input_ids=ids)
+        return F.normalize(out.pooler_output.float(), dim=-1)
 
-    def encode_text(self, texts, requires_grad=False):
-        """E_T: texts (one, a list, or (B, T) ids) -> (B, D) of unit length."""
+    @torch.no_grad()
+    def encode_image(self, images, with_patches=False):
+        """E_I: images as `pixels` takes them -> (B, D) of unit length, without gradient.
+        with_patches: also the patch tokens (B, P, D_v) that the attention pooling takes."""
+        image_emb, patches = self.image_features(self.pixels(images))
+        return (image_emb, patches) if with_patches else image_emb
+
+    @torch.no_grad()
+    def encode_text(self, texts):
+        """E_T: a text, a list of them, or (B, T) ids -> (B, D) of unit length, without gradient."""
         if not isinstance(texts, torch.Tensor):
-            texts = data.text_ids(self.text_tokenizer, [texts] if isinstance(texts, str) else texts,
-                                  self.text_length)                                # (B, T)
-        with torch.set_grad_enabled(requires_grad and torch.is_grad_enabled()):
-            out = self.siglip.get_text_features(input_ids=texts.to(self.device))
-            return F.normalize(out.pooler_output.float(), dim=-1)
+            texts = data.text_ids(self.text_tokenizer, as_texts(texts), self.text_length)
+        return self.text_features(texts.to(self.device))
 
-    @torch.enable_grad()
-    def heat_map(self, image, phrases):
-        """An image and n phrases -> (n, g, g): what each patch adds to the cosine of a phrase, less
-        that of an empty text, as patch token times gradient. Not in the paper."""
-        patches = self.encode_image(image, with_patches=True)[1].requires_grad_()  # (1, P, D_v)
-        image_emb = F.normalize(self.siglip.vision_model.head(patches).float(), dim=-1)
-        # the empty text: what the cosines of all texts share says nothing about the phrase
-        cosines = image_emb @ (self.encode_text(phrases) - self.encode_text("")).T  # (1, n)
-        heat = torch.cat([patches * torch.autograd.grad(cosine, patches, retain_graph=True)[0]
-                          for cosine in cosines[0]]).sum(-1).detach()              # (n, P)
-        side = round(patches.shape[1] ** 0.5)
-        return heat.view(-1, side, side)
+    def similarity(self, images, texts):
+        """cos(E_I, E_T) minus that of the empty text -> (B, n): how well texts fit images, without
+        the part of the cosine that all texts share. Not in the paper."""
+        return self.encode_image(images) @ (self.encode_text(texts) - self.encode_text("")).T
+
+    def export(self, folder):
+        """Write a plain SiglipModel folder with LoRA merged, which transformers loads without this
+        code. Its texts must be lower-cased and padded to text_length, as data.text_ids does."""
+        from transformers import SiglipImageProcessor          # prints a note on torchvision
+        folder = Path(folder)
+        folder.mkdir(parents=True)                             # FileExistsError: nothing is lost
+        size = {"height": self.image_size, "width": self.image_size}
+        siglip = copy.deepcopy(self.siglip)
+        siglip = siglip.merge_and_unload() if hasattr(siglip, "merge_and_unload") else siglip
+        siglip.save_pretrained(folder)
+        self.text_tokenizer.save_pretrained(folder)
+        SiglipImageProcessor(size=size, resample=2).save_pretrained(folder)        # 2: bilinear
+
+
+def as_texts(texts):
+    """A text or a list of them -> a list. Raises InputError."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"got {texts!r:.80}, expected a text or a list of texts")
+    return texts
 
 
 # ---- LoFi ---------------------------------------------------------------------------------------
 
-class LoFi(Encoder):
+class LoFi(DualEncoder):
     """E_I, E_T, the attention pooling and the LLM, the same for training and use."""
 
     def __init__(self, config, siglip, llm, text_tokenizer, llm_tokenizer):
         super().__init__(add_lora(siglip, config.lora_rank, config.lora_alpha, ENCODER_LORA),
                          text_tokenizer)
-        check_tokenizer(llm_tokenizer, llm.config.vocab_size, "bos_token")
+        check_tokenizer(llm_tokenizer, llm.config.vocab_size)
         self.config, self.llm_tokenizer = config, llm_tokenizer
         self.llm = add_lora(llm, config.llm_lora_rank, config.llm_lora_alpha, LLM_LORA)
         vision = siglip.config.vision_config
@@ -343,39 +311,28 @@ class LoFi(Encoder):
 
     @classmethod
     def build(cls, config, texts=(), batch_size=None):
-        """A model to train. Pretrained parts have their tokenizers; parts from scratch, and an
-        encoder without one, get a byte-level BPE learned from the texts. Raises InputError."""
-        text_tokenizer = llm_tokenizer = None
-        if config.encoder and (not Path(config.encoder).is_dir()
-                               or Path(config.encoder, "tokenizer.json").exists()):
-            text_tokenizer = load_pretrained(PreTrainedTokenizerFast, config.encoder)
-        if config.llm:
-            llm_tokenizer = load_pretrained(PreTrainedTokenizerFast, config.llm)
-        if not (text_tokenizer and llm_tokenizer):
-            n_tokens = config.vocab_size
-            if config.encoder and not text_tokenizer:
-                siglip = load_pretrained(SiglipConfig, config.encoder)
-                n_tokens = min(n_tokens, siglip.text_config.vocab_size)
-                say(f"{config.encoder} has no tokenizer; one is learned from the reports")
-            learned = data.learn_tokenizer(texts, n_tokens)
-            say(f"learned a byte-level BPE tokenizer of {len(learned):,} tokens from the training "
-                "split")
+        """A model to train. Pretrained parts bring their tokenizers; random parts share a
+        byte-level BPE tokenizer learned from the texts. Raises InputError."""
+        if not (config.encoder and config.llm):
+            learned = data.learn_tokenizer(texts, config.vocab_size)
+            say(f"learned a tokenizer of {len(learned):,} tokens from the training rows")
             size = {"vocab_size": len(learned)}                # unless the preset says more
             special = dict(bos_token_id=learned.bos_token_id, eos_token_id=learned.eos_token_id,
                            pad_token_id=learned.pad_token_id)
             config = dataclasses.replace(config, text={**size, **config.text, **special},
                                          decoder={**size, **config.decoder, **special})
+        text_tokenizer = load_tokenizer(config.encoder) if config.encoder else learned
+        llm_tokenizer = load_tokenizer(config.llm) if config.llm else learned
         return cls(config, build_encoder(config, batch_size), build_llm(config),
-                   text_tokenizer or learned, llm_tokenizer or learned)
+                   text_tokenizer, llm_tokenizer)
 
     def forward(self, batch):
         """A batch of data.Collate -> image_emb (B, D), text_emb (B, D), nll (R,).
 
         nll: -log p_LLM of each row's target given its image and prompt, of any task: one pass over
         each encoder and one over the LLM. text_emb is None without the sigmoid objective."""
-        image_emb, patches = self.encode_image(batch["image"], with_patches=True,
-                                               requires_grad=True)
-        text_emb = self.encode_text(batch["text"], requires_grad=True) if "text" in batch else None
+        image_emb, patches = self.image_features(batch["image"])
+        text_emb = self.text_features(batch["text"]) if "text" in batch else None
         if not len(batch["ids"]):                                  # no target for the LLM
             return image_emb, text_emb, image_emb.new_zeros(0)
         visual = self.visual_tokens(patches)[batch["image_of_row"]]                # (R, V, H)
@@ -408,9 +365,9 @@ class LoFi(Encoder):
     # ---- answers --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, visual, prompts, max_new_tokens=256):
-        """Greedy, batched, KV-cached: visual (R, V, H) and R prompts -> R texts, and R scores, the
-        geometric mean probability of the answer's tokens."""
+    def generate(self, visual, prompts, max_new_tokens=None):
+        """Greedy, batched, KV-cached: visual (R, V, H) and R prompts -> R texts. One that does not
+        end within max_new_tokens (config.max_target) ends in data.CUT."""
         prompts = [torch.tensor(data.prompt_ids(self.llm_tokenizer, prompt), device=visual.device)
                    for prompt in prompts]
         embeds = [self.embed(v[None], ids[None])[0] for v, ids in zip(visual, prompts)]
@@ -419,45 +376,41 @@ class LoFi(Encoder):
         eos, pad = self.llm_tokenizer.eos_token_id, self.llm_tokenizer.pad_token_id
         out = self.llm.generate(                                                   # (R, n)
             inputs_embeds=pad_left(embeds), attention_mask=pad_left(mask), do_sample=False,
-            top_k=None, top_p=None, max_new_tokens=max_new_tokens, eos_token_id=eos,
-            pad_token_id=pad)
-        ids, is_target = [], []                                # the answers, to read their nll
-        for prompt, answer in zip(prompts, out):
-            is_eos = (answer == eos).nonzero()
-            n_tokens = is_eos[0] + 1 if len(is_eos) else len(answer)       # padding follows <eos>
-            ids.append(torch.cat([prompt, answer[:n_tokens]]))
-            is_target.append(torch.arange(len(ids[-1]), device=visual.device) >= len(prompt))
-        nll = self.nll(visual, pad_sequence(ids, batch_first=True),
-                       pad_sequence(is_target, batch_first=True))
-        scores = [round(score, 4) for score in (-nll).exp().tolist()]
-        return self.llm_tokenizer.batch_decode(out, skip_special_tokens=True), scores
+            top_k=None, top_p=None, max_new_tokens=max_new_tokens or self.config.max_target,
+            eos_token_id=eos, pad_token_id=pad)
+        texts = self.llm_tokenizer.batch_decode(out, skip_special_tokens=True)
+        return [text if eos in ids else text + data.CUT for text, ids in zip(texts, out.tolist())]
 
     @torch.no_grad()
-    def ask(self, image, prompts, max_new_tokens=256):
-        """Several prompts on one image, encoded once -> the answers and the score of each."""
-        visual = self.visual_tokens(self.encode_image(image, with_patches=True)[1])
-        return self.generate(visual.expand(len(prompts), -1, -1), prompts, max_new_tokens)
+    def ask(self, image, prompts):
+        """Several prompts on one image, encoded once -> the answers."""
+        _, patches = self.encode_image(image, with_patches=True)
+        if len(patches) != 1:
+            raise InputError(f"got {len(patches)} images, expected one")
+        return self.generate(self.visual_tokens(patches).expand(len(prompts), -1, -1), prompts)
 
-    def report(self, image, with_score=False):
+    def report(self, image):
         """An image -> its report (Eq. 2)."""
-        [report], [score] = self.ask(image, [data.CAPTIONING_PROMPT])
-        return (report, score) if with_score else report
+        return self.ask(image, [data.CAPTIONING_PROMPT])[0]
 
-    def ground(self, image, phrases, with_scores=False):
+    def ground(self, image, phrases, with_similarity=False):
         """An image and phrases (or one) -> the boxes of each (Eq. 3), none if malformed.
 
-        The method never learns that a finding is absent, so almost any phrase gets boxes."""
-        phrases = [phrases] if isinstance(phrases, str) else phrases
+        The method never learns that a finding is absent, so almost any phrase gets boxes.
+        with_similarity: also the `similarity` of each phrase, larger where it is on the image."""
+        phrases = as_texts(phrases)
         prompts = [data.GROUNDING_PROMPT.format(phrase=phrase) for phrase in phrases]
-        answers, scores = self.ask(image, prompts, self.config.answer_tokens)
-        boxes = [data.text_to_boxes(answer)[0] for answer in answers]
-        return (boxes, scores) if with_scores else boxes
+        boxes = [data.text_to_boxes(answer)[0] for answer in self.ask(image, prompts)]
+        return (boxes, self.similarity(image, phrases)[0].tolist()) if with_similarity else boxes
 
-    def describe(self, image, boxes, with_score=False):
+    def describe(self, image, boxes):
         """An image and boxes -> the sentence about that region (dense captioning)."""
+        boxes = [list(box) if np.iterable(box) else box for box in
+                 np.asarray(boxes, object).tolist()]
+        if not boxes or any(map(box_problem, boxes)):
+            raise InputError(f"boxes {boxes!r:.80}: expected a list of [x0, y0, x1, y1] in [0, 1]")
         prompt = data.DENSE_CAPTIONING_PROMPT.format(boxes=data.boxes_to_text(boxes))
-        [sentence], [score] = self.ask(image, [prompt], self.config.answer_tokens)
-        return (sentence, score) if with_score else sentence
+        return self.ask(image, [prompt])[0]
 
     # ---- save and load --------------------------------------------------------------------------
 
@@ -471,7 +424,7 @@ class LoFi(Encoder):
                 if name in trains or name.startswith(built) and "lm_head" not in name}
 
     def save_pretrained(self, folder):
-        """Write tokenizer/, model.safetensors and config.json, each atomically, or InputError."""
+        """Write tokenizer/, model.safetensors and config.json, each file whole, or InputError."""
         folder = Path(folder)
         with tempfile.TemporaryDirectory() as scratch:
             self.llm_tokenizer.save_pretrained(scratch)
@@ -479,147 +432,123 @@ class LoFi(Encoder):
             for file in Path(scratch).rglob("*.*"):
                 write_file(folder / "tokenizer" / file.relative_to(scratch),
                            functools.partial(shutil.copyfile, file))
-        write_weights(folder / "model.safetensors", self.saved_state())
+        weights = save(self.saved_state())                     # save_file's mode would be 0600
+        write_file(folder / "model.safetensors", lambda draft: draft.write_bytes(weights))
         write_json(folder / "config.json", dataclasses.asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote. Raises InputError if it is not a run, or is damaged."""
-        weights, tokenizer = Path(folder, "model.safetensors"), Path(folder, "tokenizer")
-        if not (config := read_config(folder)):
-            raise InputError(f"{folder}: not a run folder of train.py; python train.py makes "
-                             "runs/phantom")
-        state = read_weights(weights)
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                raise InputError(f"{weights}: {name} has a value that is not finite: the training "
-                                 "diverged or the file was edited; train again, or use a backup")
+        if not is_run(folder):
+            raise InputError(f"{folder}: not a run folder of train.py, or without a checkpoint; "
+                             "python train.py makes runs/phantom")
         try:
-            model = cls(config, build_encoder(config), build_llm(config),
-                        load_pretrained(PreTrainedTokenizerFast, tokenizer / "text"),
-                        load_pretrained(PreTrainedTokenizerFast, tokenizer))
-            if wrong := state.keys() ^ model.saved_state().keys():
-                raise ValueError(f"{min(wrong)} is missing or unknown")
-            model.load_state_dict(state, strict=False)         # frozen weights are not in it
-        except InputError:
-            raise
-        except DAMAGED as error:
-            raise InputError(f"{folder}: config.json and model.safetensors do not make a model "
-                             f"({textwrap.shorten(str(error), 200)}); was one of them edited, or "
-                             "copied from another run?")
+            config = Config(**json.loads(Path(folder, "config.json").read_text()))
+            state = load_file(Path(folder, "model.safetensors"))
+        except (OSError, TypeError, ValueError, SafetensorError) as error:
+            raise InputError(f"{folder}: config.json or model.safetensors is missing, damaged or "
+                             f"of another version of the code ({first_line(error)}); train again")
+        tokenizer = Path(folder, "tokenizer")
+        model = cls(config, build_encoder(config), build_llm(config),
+                    load_tokenizer(tokenizer / "text"), load_tokenizer(tokenizer))
+        found, expected = ({(name, tensor.shape) for name, tensor in tensors.items()}
+                           for tensors in (state, model.saved_state()))
+        if wrong := found ^ expected:
+            raise InputError(f"{folder}: {min(wrong)[0]} is missing, unknown or of another size; "
+                             "do config.json and model.safetensors come from one run?")
+        model.load_state_dict(state, strict=False)             # frozen weights are not in it
         model.source = str(folder)
         return model.to(device).eval()
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ==================================================================================================
+# The method ends here. Below: towers from scratch, loading, the device, processes of torchrun.
+# ==================================================================================================
+
+# ---- how the miniature's towers start; not in the paper ------------------------------------------
+
+@torch.no_grad()
+def init_from_scratch(siglip, config, batch_size):
+    """Start a random SiglipModel so that it learns faster, in place. Returns it."""
+    siglip.logit_scale.fill_(math.log(10))                     # t' as SigLIP starts it
+    # b = -log(B), as one pair of B is positive; SigLIP's -10 is for B = 32,768
+    siglip.logit_bias.fill_(-math.log(batch_size))
+    position = siglip.vision_model.embeddings.position_embedding.weight
+    position.copy_(grid_code(round(len(position) ** 0.5), position.shape[1],
+                             config.vision["num_attention_heads"]))
+    # SigLIP pools the text at its last position, often padding. Larger token embeddings and smaller
+    # position embeddings make the first output about the mean of the words.
+    words = siglip.text_model.embeddings
+    words.token_embedding.weight.mul_(3)
+    words.token_embedding.weight[config.text["pad_token_id"]].zero_()
+    words.position_embedding.weight.mul_(0.2)
+    if not config.lora_rank:
+        zero_residual_branches(siglip.vision_model)
+    return siglip
+
+
+@torch.no_grad()
+def zero_residual_branches(part):
+    """Zero the last matrix of attention and MLP: layers start as the identity. Returns the part."""
+    for name, p in part.named_parameters():
+        if re.search(r"layers.*\.(out_proj|o_proj|fc2|down_proj)\.weight", name):
+            p.zero_()
+    return part
+
+
+# ---- loading from folders and the Hub -----------------------------------------------------------
+
+def is_run(folder):
+    """Whether a folder is a run of train.py that has saved a checkpoint."""
+    return Path(folder, "tokenizer", "text").is_dir() and Path(folder, "config.json").exists()
+
 
 def check_checkpoint(source):
     """Raise InputError if a run is missing, before it is looked for on the Hub."""
     path = Path(source)
-    is_lost = not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir())
-    is_another = path.is_dir() and not Path(path, "config.json").exists()
-    if is_lost or is_another:
+    if not path.exists() and (path.parts[0] == "runs" or path.parent.is_dir() or is_path(source)):
         raise InputError(f"{source}: no such checkpoint; python train.py makes runs/phantom, and "
                          "--checkpoint takes a run, or a SigLIP-family id or folder")
 
 
-def read_config(folder):
-    """config.json of a run folder -> Config; None if the folder holds no run. Raises InputError."""
-    if not Path(folder, "tokenizer", "text").is_dir():         # as only a run has it
-        if Path(folder, "log.jsonl").exists():
-            raise InputError(f"{folder}: has no tokenizer/: train.py has not saved a checkpoint "
-                             "there yet, or it was deleted")
-        return None
-    try:
-        return Config(**json.loads(Path(folder, "config.json").read_text()))
-    except (OSError, TypeError, ValueError):
-        raise InputError(f"{folder}: config.json is missing, damaged or of another version of this "
-                         "code; train again, or use a backup")
+def is_path(source):
+    """Whether a source is written as a folder rather than as an id of the Hub, owner/name."""
+    return str(source).startswith((".", "/", "~")) or Path(source).exists()
 
 
-def checksum(state):
-    """crc32 of tensors with their names, types and shapes, as text."""
-    value = 0
-    for name, tensor in sorted(state.items()):
-        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), value)
-    return str(value)
-
-
-def write_weights(path, state):
-    """Write {name: tensor} to a safetensors file, with a checksum. Raises InputError."""
-    def write(draft):
-        try:
-            safe_save_file(state, draft, {"crc32": checksum(state)})
-        except SafetensorError as error:                       # a full disk
-            raise OSError(first_line(error))
-    write_file(path, write)
-
-
-def read_weights(path):
-    """Read what write_weights wrote. Raises InputError."""
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            if (file.metadata() or {}).get("crc32") != checksum(state):
-                raise ValueError("checksum mismatch")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: missing or damaged, or not written by this code "
-                         f"({first_line(error)}); train again, or use a backup")
-    return state
-
-
-@functools.cache
-def hub_is_reachable():
-    """Check once whether the Hub is reachable; transformers retries for minutes."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        if not is_offline_mode():                              # HF_HUB_OFFLINE=1
-            urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
-        return not is_offline_mode()
-    except (OSError, ValueError) as error:                     # no network, or a bad address
-        return isinstance(error, urllib.error.HTTPError)       # any response will do
-
-
-def load_pretrained(cls, source, hint="", **options):
+def load_pretrained(cls, source, **options):
     """cls.from_pretrained(source) for models, configs, tokenizers and processors, from a folder or
-    the Hub. hint: what else can be done. Raises InputError."""
-    is_folder = Path(source).exists() or len(Path(source).parts) != 2    # the Hub's are owner/name
-    options["local_files_only"] = is_folder or not hub_is_reachable()
+    the Hub. Raises InputError."""
+    advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
+              if is_path(source) else
+              f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
+              "`hf auth login`; or give a local folder; train.py --preset tiny needs none")
+    options["local_files_only"] = is_path(source)
     try:
         if not issubclass(cls, PreTrainedModel):
             return cls.from_pretrained(source, **options)
-        kind = AutoConfig.from_pretrained(source, **options).model_type
-        if kind != cls.config_class.model_type:
-            raise ValueError(f"it is a {kind} model, expected {cls.config_class.model_type}")
         part, report = cls.from_pretrained(source, output_loading_info=True, **options)
-        if missing := report["missing_keys"]:                  # they would stay random
-            raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
-        return part
-    except (*DAMAGED, SafetensorError) as error:
-        reason = first_line(error).rstrip(". ")
-    if is_folder and not Path(source).exists():
-        reason = "no such folder"
-    if not is_folder and not hub_is_reachable():
-        reason = "the Hub cannot be reached, and no copy is in the cache"
-    advice = ("expected a folder that save_pretrained wrote, with its weights and tokenizer"
-              if is_folder else
-              f"if it is gated, accept its terms at https://huggingface.co/{source} and run "
-              "`hf auth login`; or give a local folder; train.py --preset tiny needs none")
-    raise InputError(f"{source}: cannot be loaded ({reason}); {advice}{hint}")
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{source}: cannot be loaded ({first_line(error).rstrip('. ')}); {advice}")
+    if missing := report["missing_keys"]:                      # they would stay random
+        raise InputError(f"{source}: {len(missing)} weights of a {cls.__name__} are missing, such "
+                         f"as {min(missing)}; {advice}")
+    return part
 
 
-def check_tokenizer(tokenizer, n_embeddings, *special):
-    """Raise InputError unless a tokenizer fits a model: its number of token embeddings, and the
-    special tokens that it needs apart from <eos> and padding."""
-    source = tokenizer.name_or_path
-    if tokenizer.vocab_size > n_embeddings:
-        raise InputError(f"{source}: its largest id is {tokenizer.vocab_size - 1:,}, but the model "
-                         f"has {n_embeddings:,} token embeddings; use the model's own tokenizer")
-    for name in ("eos_token", "pad_token", *special):
-        number = getattr(tokenizer, f"{name}_id")
-        if number is None or number >= n_embeddings:
-            raise InputError(f"{source}: its {name} is missing; take the model's own tokenizer")
+def load_tokenizer(source):
+    """The tokenizer of a folder or a Hub id."""
+    tokenizer = load_pretrained(PreTrainedTokenizerFast, source)
+    if get_tokenizer_config(source).get("tokenizer_class") == "SiglipTokenizer":
+        tokenizer.init_kwargs["drops_punctuation"] = True      # its tokenizer.json does not say so
+    return tokenizer
+
+
+def check_tokenizer(tokenizer, n_embeddings):
+    """Another model's tokenizer would give wrong ids, or an index error deep in the model."""
+    fits = tokenizer.vocab_size <= n_embeddings
+    assert fits and None not in (tokenizer.eos_token_id, tokenizer.pad_token_id), (
+        f"{tokenizer.name_or_path}: expected the model's own tokenizer, with <eos> and padding")
 
 
 # ---- the device, and the processes of torchrun --------------------------------------------------
@@ -632,6 +561,8 @@ def find_device(name=None):
     try:
         number = torch.zeros(1, device=name)
         number.item()                                          # "meta" holds no values
+        if number.is_cuda:                                     # TF32 where autocast is off
+            torch.set_float32_matmul_precision("high")
         return number.device
     except (RuntimeError, AssertionError):                     # not a device, or not there
         raise InputError(f"--device {name}: expected cpu, cuda or cuda:N, a GPU that torch sees")
@@ -640,7 +571,7 @@ def find_device(name=None):
 def join_processes(device=torch.device("cpu")):
     """Join the processes that torchrun started, which exchange tensors on a device -> (rank,
     number of processes)."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
@@ -672,56 +603,3 @@ def say(text, file=None):
     """Print, once for all processes."""
     if rank_and_world()[0] == 0:
         print(text, file=file, flush=True)
-
-
-# ---- the commands -------------------------------------------------------------------------------
-
-def export(run, out):
-    """Merge LoRA into a plain SiglipModel folder. Raises InputError.
-
-    Texts for it must be lower-cased and padded to text_length, as data.text_ids does."""
-    from transformers import SiglipImageProcessor
-    model, out = LoFi.from_pretrained(run), Path(out)
-    if out.exists():
-        raise InputError(f"{out}: exists already; name a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    size = {"height": model.image_size, "width": model.image_size}
-    siglip = model.siglip.merge_and_unload() if model.config.lora_rank else model.siglip
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        draft = Path(scratch, "siglip")
-        siglip.save_pretrained(draft)
-        model.text_tokenizer.save_pretrained(draft)
-        SiglipImageProcessor(size=size, resample=2).save_pretrained(draft)     # 2: bilinear
-        draft.rename(out)
-    print(f"wrote {out}: transformers.SiglipModel.from_pretrained({str(out)!r})")
-
-
-def main(args=None):
-    args = args or parse_args()
-    silence_libraries()
-    if args.command == "export":
-        return export(args.run, args.out)
-    if args.box and (problem := box_problem(args.box)):
-        raise InputError(f"--box {args.box}: {problem}")
-    if not all(phrase.strip() for phrase in args.phrase or []):
-        raise InputError("--phrase: one is empty, expected a sentence")
-    model = LoFi.from_pretrained(args.run)
-    if args.box:
-        sentence, score = model.describe(args.image, [args.box], with_score=True)
-        answer = {"boxes": [args.box], "sentence": sentence, "score": score}
-    elif args.phrase:
-        answer = []
-        for phrase, boxes, score in zip(args.phrase,
-                                        *model.ground(args.image, args.phrase, with_scores=True)):
-            if not boxes:
-                print(f"no box predicted for {phrase!r}", file=sys.stderr)
-            sentence = model.describe(args.image, boxes) if boxes else ""
-            answer.append({"phrase": phrase, "boxes": boxes, "score": score, "sentence": sentence})
-    else:
-        report, score = model.report(args.image, with_score=True)
-        answer = {"report": report, "score": score}
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    run_command(main, ARGS)

@@ -4,92 +4,50 @@
     python retrieve.py --checkpoint runs/NAME google/siglip2-so400m-patch16-512     # a row each
     python retrieve.py --image x.png                # the nearest images by cosine of E_I
     python retrieve.py --text "small left pleural effusion"               # images for a sentence
-    python retrieve.py --categories nodule "pleural effusion"      # zero-shot AUROC, P@K, heat maps
+    python retrieve.py --categories nodule "pleural effusion"             # zero-shot AUROC, P@K
     torchrun --nproc_per_node=N retrieve.py         # N processes embed together
 
 You will see a bar while images are embedded (once: the embeddings are kept with the checkpoint),
 then R@K in the paper's columns, and by chance; or, for a search, study, similarity and the start of
 each report, and a contact sheet PNG.
-Q queries  N images or texts of the pool  D shared width
+
+Below: embeddings, nearest neighbours, Table 1, categories. The method ends there; then pictures,
+arguments and main. Q queries, N images or texts of the pool; the other letters are model.py's.
 """
 
 import argparse
-from pathlib import Path
-
-DEFAULT_RUN, DEFAULT_DATA = "runs/phantom", "runs/phantom_data"    # what train.py makes
-
-
-# ---- arguments: before the imports that take seconds, so that --help answers at once -------------
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("what to do (default: Table 1)")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--image", metavar="FILE", help="find the images nearest to this one by E_I (Sec. 2.0.2)")
-    add("--text", metavar="WORDS", help="find the images nearest to this sentence by E_T and E_I")
-    add("--categories", nargs="+", metavar="WORDS",
-        help="also zero-shot AUROC, P@K and heat maps of findings such as 'nodule'")
-    group.add_argument("--k", type=int, metavar="N",
-                       help="images to find (default: 5, or all of a smaller pool)")
-
-    add = parser.add_argument_group("model and data").add_argument
-    add("--checkpoint", nargs="+", default=[DEFAULT_RUN], metavar="RUN",
-        help="runs of train.py, or SigLIP-family ids or folders (default: %(default)s)")
-    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file (default: the "
-        f"data of the first checkpoint; without a run folder, {DEFAULT_DATA})")
-    add("--split", choices=["train", "val", "test", "all"], default="test",
-        help="rows to evaluate or to search (default: test, as in Sec. 3.0.1)")
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--png", default="runs/retrieve.png", metavar="FILE",
-        help="contact sheet of a search, or heat maps (default: %(default)s)")
-    add("--json", metavar="FILE", help="also write the result there, R@K as fractions")
-    args = parser.parse_args()
-    if args.text is not None and not args.text.strip():
-        parser.error("--text is empty, expected a sentence such as 'No pleural effusion.'")
-    if not all(category.strip(" .") for category in args.categories or []):
-        parser.error("--categories has an empty string, expected words such as 'pleural effusion'")
-    if len(args.checkpoint) > 1 and (args.image or args.text):
-        parser.error(f"--checkpoint: got {len(args.checkpoint)}, expected one for a search")
-    return args
-
-
-ARGS = parse_args() if __name__ == "__main__" else None
-
-# ruff: noqa: E402
-import hashlib
 import math
 import os
+import pickle
 import re
 import shlex
 import textwrap
 import time
-from collections import Counter
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import data
 import metrics
-from metrics import InputError, check_output, format_table, write_file, write_json
-from model import (Encoder, LoFi, check_checkpoint, checksum, find_device, join_processes,
-                   rank_and_world, read_weights, say, silence_libraries, write_weights)
+from data import InputError, check_output, format_table, write_file, write_json
+from model import (DualEncoder, check_checkpoint, find_device, is_run, join_processes,
+                   rank_and_world, say, silence_libraries)
 
-
-# ---- embeddings and nearest neighbours ----------------------------------------------------------
+# ---- embeddings ---------------------------------------------------------------------------------
 
 def text_embeddings(encoder, texts, batch_size=256):
     """E_T of texts -> (N, D) float32 on the CPU, of unit length. Equal texts are embedded once.
     Texts beyond the encoder's length (64 tokens, Sec. 2.0.4) are cut, and a line counts them."""
     tokenizer, length = encoder.text_tokenizer, encoder.text_length
-    n_cut = sum(len(data.plain_ids(tokenizer, text.lower())) > length - 1 for text in texts)
+    n_cut = sum(len(data.plain_ids(tokenizer, data.siglip_text(tokenizer, text))) > length - 1
+                for text in texts)
     if n_cut:
         say(f"truncated {n_cut:,} of {len(texts):,} texts to the text encoder's {length} tokens")
     unique = list(dict.fromkeys(texts))
@@ -99,32 +57,15 @@ def text_embeddings(encoder, texts, batch_size=256):
     return emb[[position[text] for text in texts]]
 
 
-def cache_file(encoder, path, rows):
-    """RUN/embeddings/DATA-HASH.safetensors, or below runs/ for a model id. The hash is of all that
-    the embeddings depend on: weights, image size, and the images' names, sizes, times and order."""
-    weights = checksum(encoder.siglip.vision_model.state_dict())
-    digest = hashlib.sha256(f"{encoder.image_size} {weights}\n".encode())
-    for row in rows:
-        stat = os.stat(row["path"])
-        digest.update(f"{row['image']} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    folder = Path(encoder.source or "runs")
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        folder = Path("runs")
-    data_name = data.manifest_path(path).resolve().parent.name
-    return folder / "embeddings" / f"{data_name}-{digest.hexdigest()[:16]}.safetensors"
-
-
 def image_embeddings(encoder, path, rows, batch_size=64):
     """E_I of the images of manifest rows -> (N, D) float32 on the CPU, of unit length, read from
-    the cache if it is there. path: the manifest or its folder. Under torchrun each process embeds
-    every n-th batch. Raises InputError."""
-    if not rows:
-        raise InputError(f"{path}: no images to embed, the pool is empty")
+    the cache if it is fresh. path: the manifest or its folder. Under torchrun each process embeds
+    every n-th batch."""
     file, (rank, world) = cache_file(encoder, path, rows), rank_and_world()
-    if file.exists():
+    if is_fresh(file, encoder.source, path, rows):
         try:
-            return read_weights(file)["emb"]
-        except (InputError, KeyError):
+            return load_file(file)["emb"]
+        except (OSError, SafetensorError, KeyError):
             say(f"{file}: damaged, embedding the images again")
 
     starts = range(0, len(rows), batch_size)[rank::world]
@@ -136,16 +77,46 @@ def image_embeddings(encoder, path, rows, batch_size=64):
         for i, images in zip(starts, tqdm(pixels, "embed", len(batches), disable=rank > 0)):
             emb[i:i + batch_size] = encoder.encode_image(images).cpu()
     if world > 1:
+        emb = emb.to(encoder.device)
         dist.all_reduce(emb)                                   # a row is 0 in all processes but one
+        emb = emb.cpu()
     if rank == 0:
-        try:
-            write_weights(file, {"emb": emb})
-        except InputError as error:                            # a full disk: not fatal
-            print(f"note: the embeddings are not cached: {error}")
+        write_file(file, lambda draft: draft.write_bytes(save({"emb": emb})))
     if world > 1:
         dist.barrier()                                         # wait until the file is written
     return emb
 
+
+def cache_file(encoder, path, rows):
+    """RUN/embeddings/DATA-CHECKSUM.safetensors; the checksum is of the manifest's place and of the
+    names of the rows' images."""
+    manifest = data.manifest_path(path).resolve()
+    names = "\n".join([str(manifest), *(row["image"] for row in rows)])
+    name = f"{manifest.parent.name}-{zlib.crc32(names.encode()):08x}.safetensors"
+    return results_folder(encoder.source) / "embeddings" / name
+
+
+def results_folder(checkpoint):
+    """Where what is made with a checkpoint is kept: in it, or below runs/ for the id of a model."""
+    if checkpoint and Path(checkpoint).is_dir() and os.access(checkpoint, os.W_OK):
+        return Path(checkpoint)
+    return Path("runs", re.sub(r"[^\w.-]+", "_", str(checkpoint)))
+
+
+def is_fresh(file, checkpoint, *sources):
+    """Whether a file made with a checkpoint is newer than its weights and than the sources, which
+    are manifests, or rows with their images."""
+    if not Path(file).exists():
+        return False
+    paths = [Path(checkpoint or "", "model.safetensors")]
+    for source in sources:
+        paths += ([row["path"] for row in source] if isinstance(source, list)
+                  else [data.manifest_path(source)])
+    newest = max((os.stat(path).st_mtime_ns for path in paths if os.path.exists(path)), default=0)
+    return os.stat(file).st_mtime_ns > newest
+
+
+# ---- nearest neighbours -------------------------------------------------------------------------
 
 def check_k(k, n):
     """Raise InputError unless 1 <= k <= n, the images of the pool."""
@@ -169,7 +140,8 @@ def top_k(queries, pool, k, chunk=2 ** 26):
 
 def table_1(encoder, table, image_emb):
     """R@K of Table 1 -> {"i2t": {"R@1": .., ..}, "t2i": {..}}, as fractions. An image finds its
-    report with any of its sub-reports. table: data.sub_report_table; image_emb: (rows, D)."""
+    report with any of its sub-reports (not stated in the paper). table: data.sub_report_table;
+    image_emb: (rows, D)."""
     images, texts, owner = table
     image_emb = image_emb[images].to(encoder.device)                               # (I, D)
     text_emb = text_embeddings(encoder, texts).to(encoder.device)                  # (T, D)
@@ -197,223 +169,192 @@ def format_table_1(results, by_chance):
     return "\n\n".join(tables)
 
 
+def category_scores(encoder, rows, image_emb, category):
+    """A finding among the manifest's labels -> {"n_images", "AUROC", "P@1", .., "P@10"}.
+
+    AUROC is of the cosine with "Nodule." minus that with "No nodule."; None if all images show it,
+    or none. P@K is the share of the K images nearest to "Nodule." that show it."""
+    word = category.lower().strip(" .")
+    labels = np.array([word in map(str.lower, row["labels"]) for row in rows])
+    present, absent = text_embeddings(encoder, [f"{word.capitalize()}.", f"No {word}."])
+    nearest = top_k(present[None], image_emb, min(10, len(rows)))[1][0].numpy()    # best first
+    auroc = metrics.auroc(image_emb @ (present - absent), labels)
+    return {"n_images": int(labels.sum()), "AUROC": None if math.isnan(auroc) else auroc,
+            **{f"P@{k}": float(labels[nearest[:k]].mean()) for k in (1, 2, 5, 10)}}
+
+
+def format_categories(scores):
+    """{category: category_scores} -> AUROC and P@K in percent."""
+    table = [("Category", "images", "AUROC", "P@1", "P@2", "P@5", "P@10")]
+    for category, values in scores.items():
+        cells = [values[name] for name in table[0][2:]]
+        table.append((category, f"{values['n_images']:,}",
+                      *("-" if v is None else f"{100 * v:.2f}" for v in cells)))
+    return format_table(table)
+
+
+# ==================================================================================================
+# The method ends here. Below: the pictures of a search, the data of a run, arguments and main.
+# ==================================================================================================
+
 def words_of(row):
     """An image's report, or its phrases where it has none."""
     return row["report"] or " ".join(region["phrase"] for region in row["regions"])
 
 
-def mentions(sentence, category):
-    """Whether a sentence mentions the category, in singular or plural, and does not negate it."""
-    named = rf"\b{re.escape(category.strip(' .'))}(s|es)?\b"
-    denied = r"\b(no|not|without|free of)\b"
-    return bool(re.search(named, sentence, re.I)) and not re.search(denied, sentence, re.I)
-
-
-def category_scores(encoder, rows, image_emb, category):
-    """-> {"n_images", "AUROC", "P@1", .., "P@10"}; AUROC is None if all images show it, or none.
-
-    The prompt is the mean E_T of the 20 most common sentences of these rows that mention the
-    category, or "Nodule." if there are none. AUROC is of its cosine minus that of "No nodule.";
-    P@K is the share of the K images nearest to the prompt that show it."""
-    named = [[sentence for sentence in data.split_sentences(words_of(row))
-              if mentions(sentence, category)] for row in rows]
-    labels = np.array([len(sentences) > 0 for sentences in named])
-    word = category.lower().strip(" .")
-    common = Counter(text for texts in named for text in texts).most_common(20)
-    prompts = [text for text, _ in common] or [f"{word.capitalize()}."]
-    *present, absent = text_embeddings(encoder, [*prompts, f"No {word}."])
-    prompt = torch.nn.functional.normalize(torch.stack(present).mean(0), dim=0)    # (D,)
-    nearest = top_k(prompt[None], image_emb, min(10, len(rows)))[1][0].numpy()     # best first
-    auroc = metrics.auroc(image_emb @ (prompt - absent), labels)
-    return {"n_images": int(labels.sum()), "AUROC": None if math.isnan(auroc) else auroc,
-            **{f"P@{k}": float(labels[nearest[:k]].mean()) for k in (1, 2, 5, 10)}}
-
-
-def print_categories(results):
-    """{model: {"categories": {category: category_scores}}} -> AUROC and P@K in percent."""
-    for model, result in results.items():
-        table = [("Category", "images", "AUROC", "P@1", "P@2", "P@5", "P@10")]
-        for category, scores in result["categories"].items():
-            n_images, *values = scores.values()
-            table.append((category, f"{n_images:,}",
-                          *("-" if v is None else f"{100 * v:.2f}" for v in values)))
-        print(f"\n{model}: AUROC and P@K in %\n\n{format_table(table)}")
-
-
-# ---- pictures -----------------------------------------------------------------------------------
-
-def card(title, row, picture=None, frame="black", size=360):
-    """A cell of a sheet: a row's image, or a picture in its place; below, title, study, words."""
-    image = (picture or data.load_image(row["path"])).convert("RGB")
-    image = ImageOps.contain(image, (size - 8, size - 8))
-    data.draw_boxes(image, row["regions"])
-    cell = Image.new("RGB", (size, size + 88), (18, 18, 18))
-    cell.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-    words = textwrap.wrap(words_of(row), 48, max_lines=3, placeholder=" ...")
-    lines = "\n".join([f"{title}, {row['study']}"[:48], *words])
-    pen = ImageDraw.Draw(cell)
-    pen.text((8, size + 4), lines, "white", ImageFont.load_default(14))
-    pen.rectangle([0, 0, size - 1, size + 87], outline=frame, width=3)
-    return cell
-
-
-def over_image(heat, image):
-    """The warmer half of a heat map (g, g), red to yellow, over a grey image -> PIL image."""
-    heat = (heat - np.median(heat)) / (heat.max() - np.median(heat) + 1e-9)        # (g, g), <= 1
-    warmth = Image.fromarray((255 * heat.clip(0)).astype(np.uint8)).resize(image.size)  # bicubic
-    colour = ImageOps.colorize(warmth, "red", "yellow")
-    return Image.composite(colour, image.convert("RGB"), warmth.point(lambda value: 0.7 * value))
-
-
-def heat_map_sheet(encoder, rows, categories, most=4):
-    """The first images with boxes of each category, under their heat maps -> PIL image, or None."""
-    cells = []
-    for category in categories:
-        shown = [(row, region) for row in rows for region in row["regions"]
-                 if region["boxes"] and mentions(region["phrase"], category)]
-        for row, region in shown[:most]:
-            heat = encoder.heat_map(row["path"], [region["phrase"]])[0].cpu().numpy()
-            picture = over_image(heat, data.load_image(row["path"]))
-            cells.append(card(category, {**row, "regions": [region]}, picture))
-    return data.tile(cells, most) if cells else None
-
-
-# ---- checkpoint and data, and the command -------------------------------------------------------
-
-def check_outputs(outputs, inputs, rows, checkpoints):
-    """Raise InputError if an output is a file that the command reads, or of another kind.
-
-    outputs: {suffix: path, or None}. inputs: images, manifests or their folders, or None. rows:
-    those of the manifests."""
-    inputs = [Path(path, "manifest.jsonl") if Path(path).is_dir() else path
-              for path in inputs if path]
-    inputs += [row["path"] for row in rows]
-    inputs += [file for folder in checkpoints for file in Path(folder).rglob("*")
-               if re.search("config|token|model|metrics|log|curve", file.name)]    # not a result
-    for suffix, output in outputs.items():
-        if output:
-            check_output(output, suffix, inputs)
-
-
 def trained_on(checkpoint):
-    """The manifest that trainer.pt says the checkpoint was trained on; for a model without one, and
-    for a phantom run that was moved, runs/phantom_data. Raises InputError if it is missing."""
-    trainer = Path(checkpoint, "trainer.pt")
-    if not trainer.exists() and Path(checkpoint, "log.jsonl").exists():
-        raise InputError(f"{trainer}: missing, so the run's data is not known: train.py has not "
-                         "saved a checkpoint yet, or the file was deleted; give --data")
-    try:
-        own = torch.load(trainer, map_location="cpu", weights_only=True, mmap=True)[
-            "settings"]["data"] if trainer.exists() else DEFAULT_DATA
-    except metrics.DAMAGED:
-        raise InputError(f"{trainer}: damaged, so its data is not known; give --data")
-    for path in (own, DEFAULT_DATA):
-        if Path(path).exists() and Path(path).name == Path(own).name:
-            return path
+    """The manifest that a run was trained on, by its trainer.pt; runs/phantom_data for a model that
+    is no run, and for a phantom run that was moved. Raises InputError if it cannot be found."""
+    own, phantom = Path("runs/phantom_data"), Path("runs/phantom_data")
+    if is_run(checkpoint):
+        try:
+            own = Path(torch.load(Path(checkpoint, "trainer.pt"), map_location="cpu",
+                                  weights_only=True, mmap=True)["settings"]["data"])
+        except (OSError, RuntimeError, LookupError, pickle.UnpicklingError):
+            raise InputError(f"{checkpoint}: trainer.pt, which names its data, is missing or "
+                             "damaged; give --data")
+    for path in (own, phantom):
+        if path.exists() and path.name == own.name:
+            return str(path)
     raise InputError(f"{checkpoint}: {own}, its data, cannot be found; give --data")
 
 
 def search(encoder, args, own, pool, image_emb, k):
     """Print the k rows of the pool nearest to --image, whose row is `own` if it has one, or to
-    --text -> the rows, with rank and similarity; a contact sheet with the query first."""
-    query = own or {"study": Path(args.image or "text").name, "report": args.text or "",
-                    "regions": []}
-    if args.image:
-        query_emb, picture = encoder.encode_image(args.image).cpu(), data.load_image(args.image)
-    else:                                                      # in large letters
-        query_emb, picture = text_embeddings(encoder, [args.text]), Image.new("L", (352, 352))
-        words = textwrap.fill(args.text, 28, max_lines=11, placeholder=" ...")
-        ImageDraw.Draw(picture).text((176, 176), words, 255, ImageFont.load_default(22),
-                                     anchor="mm", align="center")
+    --text -> the rows, with rank and similarity; a contact sheet, a query image first."""
+    query_emb = (encoder.encode_image(args.image).cpu() if args.image else
+                 text_embeddings(encoder, [args.text]))                            # (1, D)
     [similarity], [index] = top_k(query_emb, image_emb, k)                         # (k,) each
     found = [{**pool[i], "rank": n, "similarity": round(value, 6)}
              for n, (value, i) in enumerate(zip(similarity.tolist(), index.tolist()), 1)]
-    print("rank  similarity  study: report")
+    say("rank  similarity  study: report")
     for row in found:
         start = textwrap.shorten(words_of(row), 80, placeholder=" ...")
-        print(f"{row['rank']:4}  {row['similarity']:10.4f}  {row['study']}: {start}")
-    cells = [card("query", query, picture, "orange"), *(
-        card(f"{row['rank']}, cosine {row['similarity']:.3f}", row) for row in found)]
+        say(f"{row['rank']:4}  {row['similarity']:10.4f}  {row['study']}: {start}")
+    cells = [data.cell(data.load_image(row["path"]), row["regions"],
+                       f"{row['rank']}, cosine {row['similarity']:.3f}, {row['study']}\n"
+                       f"{words_of(row)}") for row in found]
+    if args.image:
+        regions = own["regions"] if own else []
+        cells.insert(0, data.cell(data.load_image(args.image), regions, "query", "orange"))
     return found, data.tile(cells, math.ceil(len(cells) ** 0.5))
 
 
-def main(args=None):
-    args = args or parse_args()
-    silence_libraries()
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what to do (default: Table 1)")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--image", metavar="FILE", help="find the images nearest to this one by E_I (Sec. 2.0.2)")
+    add("--text", metavar="WORDS", help="find the images nearest to this sentence by E_T and E_I")
+    add("--categories", nargs="+", metavar="WORDS",
+        help="also zero-shot AUROC and P@K of findings among the manifest's labels")
+    group.add_argument("--k", type=int, metavar="N",
+                       help="images to find (default: 5, or all of a smaller pool)")
 
-    # ---- all that can be checked before the work starts
-    metrics.check_ranges(args, {"k": (1, np.inf), "batch_size": (1, np.inf)})
-    device, searching = find_device(args.device), bool(args.image or args.text)
+    add = parser.add_argument_group("model and data").add_argument
+    add("--checkpoint", nargs="+", default=["runs/phantom"], metavar="RUN",
+        help="runs of train.py, or SigLIP-family ids or folders (default: %(default)s)")
+    add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file (default: the "
+        "data of the first checkpoint; without a run folder, runs/phantom_data)")
+    add("--split", choices=["train", "val", "test", "all"], default="test",
+        help="rows to evaluate or to search (default: test, as in Sec. 3.0.1)")
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--png", default="runs/retrieve.png", metavar="FILE",
+        help="contact sheet of a search (default: %(default)s)")
+    add("--json", metavar="FILE", help="also write the result there, R@K as fractions")
+    return parser.parse_args()
+
+
+def check_args(args):
+    """Reject invalid flags before anything is loaded. Raises InputError."""
+    data.check_ranges(args, {"k": (1, np.inf), "batch_size": (1, np.inf)})
+    if args.text is not None and not args.text.strip():
+        raise InputError("--text is empty, expected a sentence such as 'No pleural effusion.'")
+    if len(args.checkpoint) > 1 and (args.image or args.text):
+        raise InputError(f"--checkpoint: got {len(args.checkpoint)}, expected one for a search")
     for source in args.checkpoint:
         check_checkpoint(source)
     if args.image:
         data.load_image(args.image)
-    path = args.data or trained_on(args.checkpoint[0])
+    check_output(args.png, ".png", args.image)
+    if args.json:
+        check_output(args.json, ".json", args.image)
+
+
+def main():
+    args = parse_args()
+    silence_libraries()
+    check_args(args)
+    device, path = find_device(args.device), args.data or trained_on(args.checkpoint[0])
     rows = data.read_manifest(path)
     pool = [row for row in rows if args.split in ("all", row["split"])]
     if not pool:
         raise InputError(f"{path}: no rows with split {args.split!r}, the pool is empty; its "
                          f"splits are {', '.join(sorted({row['split'] for row in rows}))}")
-    own = data.find_row(rows, args.image) if args.image else None
-    others = [i for i, row in enumerate(pool) if row is not own]
-    images, texts, _ = table = data.sub_report_table(pool)
-    if searching:
-        k = args.k or max(1, min(5, len(others)))
-        check_k(k, len(others))
-    elif not texts:
-        raise InputError("no image of the split has a report, and Table 1 ranks reports; give "
-                         "other --data or --split, or search with --image")
-    check_outputs({".json": args.json, ".png": (searching or args.categories) and args.png},
-                  [path, args.image], rows, args.checkpoint)
-    rank, _ = join_processes()
-
-    # ---- embed in all processes, then search or evaluate in the first
-    results, sheet = {}, None
-    for source in args.checkpoint:
-        began, encoder = time.time(), Encoder.load(source, device)
-        image_emb = image_embeddings(encoder, path, pool, args.batch_size)
-        if rank == 0 and not searching:
-            results[source] = {**table_1(encoder, table, image_emb), "n_images": len(images)}
-            if args.categories:
-                results[source]["categories"] = {
-                    name: category_scores(encoder, pool, image_emb, name)
-                    for name in args.categories}
-                sheet = sheet or heat_map_sheet(encoder, pool, args.categories)
-            results[source]["seconds"] = round(time.time() - began, 1)
+    rank, _ = join_processes(device)
+    print_results = print_search if args.image or args.text else print_table_1
+    result, command = print_results(args, path, rows, pool, device)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if rank > 0:
-        return
+    if rank == 0:
+        if args.json:
+            write_json(args.json, result)
+        print(f"\nNext: python {shlex.join(command)}")
 
-    # ---- print and write; a search has one checkpoint
-    title, phrase = f"{path}, split {args.split}", args.text or "left pleural effusion"
-    if searching:
-        left_out = "; the query itself is left out" if len(others) < len(pool) else ""
-        print(f"{source} on {len(others):,} images of {title}{left_out}")
-        found, sheet = search(encoder, args, own, [pool[i] for i in others], image_emb[others], k)
-        keys = "rank", "similarity", *data.ROW_KEYS
-        results = {"query": args.image or args.text, "checkpoint": source, "data": str(path),
-                   "n_images": len(others),
-                   "results": [{key: row[key] for key in keys} for row in found]}
-        how = ["lofi"] if isinstance(encoder, LoFi) else ["nearest", "--data", str(path)]
-        command = ["icl_ground.py", "--checkpoint", source, "--lvlm", *how, "--image",
-                   args.image or found[0]["path"], "--phrase", phrase]
-    else:
-        print(f"\nTable 1 on {title}: {len(images):,} images, one per study, and {len(texts):,} "
-              f"sub-reports; %\n\n{format_table_1(results, chance(table))}")
+
+def print_search(args, path, rows, pool, device):
+    """--image or --text: print and draw what is nearest -> what --json holds, the next command."""
+    [checkpoint], own = args.checkpoint, data.find_row(rows, args.image) if args.image else None
+    others = [i for i, row in enumerate(pool) if row is not own]
+    k = args.k or max(1, min(5, len(others)))
+    check_k(k, len(others))
+    encoder = DualEncoder.load(checkpoint, device)
+    image_emb = image_embeddings(encoder, path, pool, args.batch_size)[others]
+    left_out = "; the query itself is left out" if len(others) < len(pool) else ""
+    say(f"{checkpoint} on {len(others):,} images of {path}, split {args.split}{left_out}")
+    found, sheet = search(encoder, args, own, [pool[i] for i in others], image_emb, k)
+    write_file(args.png, lambda draft: sheet.save(draft, "PNG"))
+    say(f"\ndrew {args.png}")
+    keys = "rank", "similarity", *data.ROW_KEYS
+    result = {"query": args.image or args.text, "checkpoint": checkpoint, "data": str(path),
+              "n_images": len(others),
+              "results": [{key: row.get(key) for key in keys} for row in found]}
+    return result, ["icl_ground.py", "--checkpoint", checkpoint, "--data", str(path), "--image",
+                    args.image or found[0]["path"], "--phrase", args.text or "pleural effusion"]
+
+
+def print_table_1(args, path, rows, pool, device):
+    """Table 1 of each checkpoint, and --categories -> what --json holds, the next command."""
+    labelled = [i for i, row in enumerate(pool) if row.get("labels") is not None]
+    images, texts, _ = table = data.sub_report_table(pool)
+    if not texts:
+        raise InputError("no image of the split has a report, and Table 1 ranks reports; give "
+                         "other --data or --split, or search with --image")
+    if args.categories and not labelled:
+        raise InputError(f"{path}: no row of split {args.split!r} has 'labels', which --categories "
+                         "scores; add them to the manifest")
+    results = {}
+    for source in args.checkpoint:
+        began, encoder = time.time(), DualEncoder.load(source, device)
+        image_emb = image_embeddings(encoder, path, pool, args.batch_size)
+        results[source] = {**table_1(encoder, table, image_emb), "n_images": len(images)}
         if args.categories:
-            print_categories(results)
-            if not sheet:
-                print("\nno picture: no phrase with boxes mentions one of these")
-        results = results if len(results) > 1 else results[source]
-        command = ["retrieve.py", "--checkpoint", source, "--data", str(path), "--text", phrase]
-    if sheet:
-        write_file(args.png, lambda draft: sheet.save(draft, "PNG"))
-        print(f"\ndrew {args.png}")
-    if args.json:
-        write_json(args.json, results)
-    print(f"\nNext: python {shlex.join(command)}")
+            of_labelled = [pool[i] for i in labelled], image_emb[labelled]
+            results[source]["categories"] = {
+                name: category_scores(encoder, *of_labelled, name) for name in args.categories}
+        results[source]["seconds"] = round(time.time() - began, 1)
+    say(f"\nTable 1 on {path}, split {args.split}: {len(images):,} images, one per study, and "
+        f"{len(texts):,} sub-reports; %\n\n{format_table_1(results, chance(table))}")
+    for name in args.checkpoint if args.categories else []:
+        say(f"\n{name}: AUROC and P@K in %\n\n{format_categories(results[name]['categories'])}")
+    result = results if len(results) > 1 else results[args.checkpoint[0]]
+    return result, ["retrieve.py", "--checkpoint", args.checkpoint[0], "--data", str(path),
+                    "--text", "left pleural effusion"]
 
 
 if __name__ == "__main__":
-    metrics.run_command(main, ARGS)
+    data.run_command(main)

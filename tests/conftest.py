@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"      # no hub within reach, as it may be for a user
+os.environ["HF_HUB_OFFLINE"] = "1"                 # no hub within reach, as it may be for a user
 
 import data                                            # noqa: E402
 from model import TINY, LoFi                           # noqa: E402

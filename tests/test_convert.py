@@ -47,7 +47,8 @@ def entry(dicom, findings, impression=None, method="gpt4", **more):
     patient, study = PLACE[dicom].split("/")[1:3]
     return {"id": f"{patient[1:]}_{study[1:]}", "image": f"mimic/{PLACE[dicom]}",
             "generate_method": method, "reason": None, "impression": impression, "view": "PA",
-            "chexpert_labels": {"Edema": NAN, "Fracture": 1.0},
+            "chexpert_labels": {"Edema": NAN, "Pneumonia": -1.0, "Fracture": 1.0,
+                                "Lung Opacity": 0.0, "Support Devices": 1},
             "conversations": [{"from": "human", "value": "<image>\nDescribe.\n"},
                               {"from": "gpt", "value": findings}], **more}
 
@@ -62,7 +63,8 @@ TEXTS = {
               entry("d1", "No image."), entry("d2", "Half an image.")],
     "dev": [entry("e1", "Small left effusion.", view=NAN),
             {**entry("e1", "", method="rule-based"), "conversations": []}],
-    "test": [entry("f1", "Clear lungs.", "Normal.", method="rule-based", view=None),
+    "test": [entry("f1", "Clear lungs.", "Normal.", method="rule-based", view=None,
+                   chexpert_labels=None),
              entry("f2", "No view.", method="rule-based")]}
 
 
@@ -231,17 +233,21 @@ def mimic(tmp_path):
 
 def test_mimic_manifest_and_funnel_are_those_written_by_hand(monkeypatch, mimic, tmp_path, capsys):
     """Guards: both methods counted, laterals, NaN as text, a question id that repeats in another
-    study, sub-answers, fallback boxes, fused twins, boxes beyond the image, columns by place."""
+    study, sub-answers, fallback boxes, fused twins, boxes beyond the image, columns by place;
+    labels that are uncertain (-1), denied (0) or not mentioned (NaN)."""
     rows, notes = convert(monkeypatch, mimic)
     expected = [{"image": f"images_512/{PLACE[dicom]}", "study": PLACE[dicom].split("/")[2],
                "patient": PLACE[dicom].split("/")[1], "split": split, "report": report,
-               "regions": regions} for dicom, split, report, regions in EXPECTED]
+               "regions": regions, "labels": [] if dicom == "f1" else
+               ["Fracture", "Support Devices"]} for dicom, split, report, regions in EXPECTED]
     assert rows == expected
     assert notes["funnel"] == {table: {reason: dict(zip(data.SPLITS, n)) for reason, n in
                                        reasons.items()} for table, reasons in FUNNEL.items()}
     assert balanced(notes["funnel"])
     printed = capsys.readouterr().out
-    assert "394,835" in printed and "python data.py check" in printed.splitlines()[-1]
+    table = [line.split() for line in printed.splitlines()]
+    assert ["images", "in", "12", "2", "2"] in table and ["out", "boxes", "5", "1", "0"] in table
+    assert "python data.py check" in printed.splitlines()[-1]
     said = " ".join(notes["lost"])                 # of the test file; c2's and f1's studies
     assert "its rule-based texts" in said and "2 studies" in said and len(notes["lost"]) == 2
     assert data.check(tmp_path / "out", tmp_path / "sheet.png") == 0
@@ -277,9 +283,11 @@ def test_images_are_shrunk_once(monkeypatch, mimic, tmp_path):
     manifest = (out / "manifest.jsonl").read_bytes()
     gone = out / rows[1]["image"]
     gone.unlink()
+    (out / "manifest.jsonl").unlink()                          # a run that is stopped has none
     convert(monkeypatch, mimic, "--size", 80)
     assert {p for p, t in made.items() if p.stat().st_mtime_ns == t} == set(made) - {gone}
     assert gone.exists() and (out / "manifest.jsonl").read_bytes() == manifest
+    (out / "manifest.jsonl").unlink()
     rows, _ = convert(monkeypatch, mimic, "--size", 300)
     assert Image.open(out / rows[0]["image"]).size == (W, H)
 
@@ -332,7 +340,8 @@ FINDINGS = {
             "boxes": [[0.6, 0.62, 0.83, 0.8], [0.9, 0.9, 1.2, 0.95], [0.5, 0.4, 0.5, 0.6]],
             "extra_boxes": [[0, 0, 1, 1]], "labels": ["pleural effusion"], "progression": None},
            {"sentence_en": "No pneumothorax", "abnormal": False},
-           {"sentence_en": "Nodule.", "abnormal": True, "boxes": [[0.2, 0.2, 0.2, 0.3]]}],
+           {"sentence_en": "Nodule.", "abnormal": True, "boxes": [[0.2, 0.2, 0.2, 0.3]],
+            "labels": ["nodule", "pleural effusion"]}],
     "i2": [{"sentence_en": "Normal.", "abnormal": False, "boxes": []}],
     "i3": [{"sentence_en": "Cardiomegaly.", "boxes": [[0.25, 0.5, 0.75, 1.0]]},
            {"sentence_en": "Cardiomegaly.", "boxes": [[0.25, 0.5, 0.75, 0.875]]}],
@@ -379,17 +388,22 @@ def padchest_tree(root, zipped):
 @pytest.mark.parametrize("zipped", [False, True])
 def test_padchest_manifest_is_the_one_written_by_hand(monkeypatch, tmp_path, zipped):
     """Guards: x and y swapped, the second reader's boxes, healthy sentences lost from the report,
-    absent keys, black 16-bit images, a pool without the validation split."""
+    absent keys, black 16-bit images, a pool without the validation split; a label of two sentences
+    twice; one sentence of two boxes read as two regions."""
     command = padchest_tree(tmp_path, zipped)
     rows, notes = convert(monkeypatch, command)
     assert rows == [{"image": f"images_512/{name}.jpg", "study": f"study {name}",
                      "patient": f"patient {name}", "split": "train" if split == "val" else split,
-                     "report": report, "regions": regions}
+                     "report": report, "regions": regions,
+                     "labels": ["pleural effusion", "nodule"] if name == "i1" else []}
                     for name, split, report, regions in PADCHEST]
     assert balanced(notes["funnel"])
     assert notes["funnel"]["pairs"] == {
         "in": dict(train=4, val=0, test=2), "no box": dict(train=2, val=0, test=0),
         "degenerate box": dict(train=1, val=0, test=0)}
+    [read] = data.read_manifest(tmp_path / "out", "test")
+    assert read["regions"] == [{"phrase": "Cardiomegaly.", "boxes": [
+        [0.25, 0.5, 0.75, 1], [0.25, 0.5, 0.75, 0.875]]}]
     small = np.asarray(Image.open(tmp_path / "out" / rows[0]["image"]), int)
     assert small.shape == (H, W) and small.max() > 250 and small.min() < 5 and small[0, 0] > 240
     assert data.check(tmp_path / "out", tmp_path / "sheet.png") == 0
@@ -422,7 +436,8 @@ MS_ROWS = [("a1", "Edema", "mild  edema", 16, 20, 80, 100), ("a1", "Edema", "mil
 
 @pytest.mark.parametrize("split", [None, "test"])
 def test_ms_cxr_manifest_is_the_one_written_by_hand(monkeypatch, mimic, tmp_path, split):
-    """Guards: width and height taken for corners, a row a box, categories of one phrase mixed."""
+    """Guards: width and height taken for corners, a row a box, a box of one phrase in two
+    categories expected twice, a category lost or listed twice."""
     header = ["dicom_id", "category_name", "label_text", "path", "x", "y", "w", "h", "image_width",
               "image_height"] + ["split"] * bool(split)
     write_table(tmp_path / "ms.csv", header, [
@@ -431,9 +446,10 @@ def test_ms_cxr_manifest_is_the_one_written_by_hand(monkeypatch, mimic, tmp_path
     rows, notes = convert(monkeypatch, ["ms-cxr", "--images", tmp_path / "mimic-cxr-jpg", "--table",
                                         tmp_path / "ms.csv", "--out", tmp_path / "ms"])
     first, second = [0.1, 0.1, 0.6, 0.6], [0, 0, 0.25, 0.25]
-    regions = [[{"phrase": "mild edema", "boxes": [first, second]},
-                {"phrase": "mild edema", "boxes": [first]}],
+    regions = [[{"phrase": "mild edema", "boxes": [first, second]}],
                [{"phrase": "edema", "boxes": [[0.5, 0.5, 1, 0.6]]}], []]
+    assert [row["labels"] for row in rows] == [["Edema", "Pneumonia"], ["Edema"], ["Edema"]]
+    rows = data.read_manifest(tmp_path / "ms")
     splits = [split] * 3 if split else ["train", "val", "test"]
     assert [(row["image"], row["split"], row["report"], row["regions"]) for row in rows] == [
         (f"images_512/{PLACE[dicom]}", *more) for dicom, *more in
@@ -462,11 +478,15 @@ RIGHT, LEFT = "Right lung.", "Left lung."
 COVID_EXPECTED = [  # file, patient, report, regions
     ("a.jpg", "1", 'He said "cough". The lungs, both, are clear.',
      [(RIGHT, [0.1, 0.1, 0.4, 0.6]), (LEFT, [0.5, 0.1, 0.9, 0.9])]),
-    ("b.png.jpg", "1", 'He said "cough". The lungs, both, are clear.',
+    ("b.jpg", "1", 'He said "cough". The lungs, both, are clear.',
      [(RIGHT, [0.1, 0.1, 0.4, 0.6]), (LEFT, [0.5, 0.1, 0.9, 0.9])]),
-    ("c.jpeg.jpg", "4", "", [(RIGHT, [0, 0, 0.4, 0.5]), (LEFT, [0.5, 0.5, 1, 1])]),
-    ("h.webp-1.png.jpg", "3", "One lung.", [(LEFT, [0.5, 0.5, 0.75, 0.75])]),
+    ("c.jpg", "4", "", [(RIGHT, [0, 0, 0.4, 0.5]), (LEFT, [0.5, 0.5, 1, 1])]),
+    ("h.webp-1.jpg", "3", "One lung.", [(LEFT, [0.5, 0.5, 0.75, 0.75])]),
     ("j.jpg", "j.jpg", "No patient.", [])]
+
+
+FINDINGS_OF = {"a.jpg": "Pneumonia/Viral/COVID-19", "b.png": "No Finding", "c.jpeg": "todo",
+               "h.webp-1.png": "Tuberculosis", "j.jpg": "Unknown"}
 
 
 def covid_tree(root, early=False):
@@ -480,8 +500,9 @@ def covid_tree(root, early=False):
         elif name != "gone.jpg":
             drawn(n).save(repo / "images" / name)
     header = ["patientid", "view", "modality", "folder", "filename", "url", "license",
-              "clinical_notes", ""]
-    rows = [[patient, view, modality, "images", name, "https://x", licence, note, ""]
+              "clinical_notes", "finding"]
+    rows = [[patient, view, modality, "images", name, "https://x", licence, note,
+             FINDINGS_OF.get(name, "")]
             for patient, view, modality, name, licence, note in COVID]
     if early:                                          # no modality or folder, and other names
         header = ["Patientid", "view", "filename", " url", "license", "notes"]
@@ -500,7 +521,8 @@ def covid_tree(root, early=False):
 @pytest.mark.parametrize("early", [False, True])
 def test_covid_manifest_is_the_one_written_by_hand(monkeypatch, tmp_path, early):
     """Guards: a lung named by its place in the list, x, y, w, h taken for corners, boxes beyond the
-    image, notes cut at a line break, CT and lateral images, a licence that forbids changes."""
+    image, notes cut at a line break, CT and lateral images, a licence that forbids changes;
+    "no finding" as a finding."""
     rows, notes = convert(monkeypatch, covid_tree(tmp_path, early))
     assert [(row["image"], row["patient"], row["report"],
              [(region["phrase"], *region["boxes"]) for region in row["regions"]])
@@ -510,6 +532,8 @@ def test_covid_manifest_is_the_one_written_by_hand(monkeypatch, tmp_path, early)
     assert dropped == {"in": 12, "licence": 1, "no image": 1, "unreadable image": 1, "no text": 1,
                        "repeated image": 1,
                        **({"view": 2} if early else {"view": 1, "not X-ray": 1})}
+    assert [row["labels"] for row in rows] == ([[]] * 5 if early else [
+        ["Pneumonia", "Viral", "COVID-19"], [], [], ["Tuberculosis"], []])
     studies = [row["study"] for row in rows]
     assert studies[0] == studies[1] and len(set(studies)) == 4     # one note of one patient
     with open(tmp_path / "out" / "LICENSES.csv", newline="") as file:
@@ -531,6 +555,37 @@ def test_covid_patients_keep_their_split(monkeypatch, tmp_path):
     splits = [row["split"] for row in rows]
     assert 25 <= splits.count("test") <= 55 and splits.count("train") == 200 - splits.count("test")
     assert [n for n in range(20) if splits[n] == "test"] == [6, 12]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_turned_images_are_shrunk_upright(monkeypatch, tmp_path, orientation):
+    """Guards: a photograph shrunk lying down, its upright boxes then beside the lungs; a tag kept
+    that turns the small image again; the long side taken for the short one."""
+    command = covid_tree(tmp_path)
+    upright = np.asarray(drawn(0))                             # 160 x 200, bright at upper left
+    stored = upright[::-1, ::-1] if orientation == 3 else upright[:, ::-1].T
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(
+        tmp_path / "repo" / "images" / "a.jpg", exif=exif, quality=95)
+    rows, _ = convert(monkeypatch, command, "--size", 80)
+    with Image.open(tmp_path / "out" / rows[0]["image"]) as small:
+        assert small.size == (80, 100) and 0x0112 not in small.getexif()
+        expected = np.asarray(drawn(0).resize((80, 100), Image.Resampling.BILINEAR), float)
+        assert abs(np.asarray(small, float) - expected).max() < 8
+    assert rows[0]["regions"][0] == {"phrase": RIGHT, "boxes": [[0.1, 0.1, 0.4, 0.6]]}
+
+
+def test_images_of_several_frames_are_left_out(monkeypatch, tmp_path, capsys):
+    """Guards: the first page of two converted without a word."""
+    command = covid_tree(tmp_path)
+    drawn(0).save(tmp_path / "repo" / "images" / "b.png", save_all=True, append_images=[drawn(1)])
+    rows, notes = convert(monkeypatch, command)
+    assert [row["image"] for row in rows] == [
+        f"images_512/{name}" for name, *_ in COVID_EXPECTED if name != "b.jpg"]
+    assert sum(notes["funnel"]["images"]["unreadable image"].values()) == 2
+    printed = capsys.readouterr()
+    assert "b.png" in printed.out + printed.err
 
 
 def test_covid_sources_that_are_not_it(monkeypatch, tmp_path):
@@ -636,15 +691,6 @@ def test_another_set_is_not_written_over(monkeypatch, mimic, tmp_path, phantom):
         with pytest.raises(InputError, match="choose another --out"):
             convert(monkeypatch, [*mimic[:-1], out])
         assert (out / "manifest.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("name", ["LICENSES.csv", "prepare.json"])
-def test_files_of_the_user_are_not_written_over(monkeypatch, mimic, tmp_path, name):
-    """Guards: a licence list or notes of the user's own, in a folder without a manifest, lost."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_bytes(b"mine \xff")         # not even UTF-8
-    assert "choose another --out" in fails(monkeypatch, mimic)
-    assert (tmp_path / "out" / name).read_bytes() == b"mine \xff"
 
 
 @pytest.mark.parametrize("flag, value", [("--size", -1), ("--workers", 0), ("--wbf-iou", 1.5)])
