@@ -1,11 +1,14 @@
 """What the tests share: a small phantom, and a LoFi of a few thousand weights with LoRA as in the
 paper."""
 
+import contextlib
 import copy
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"                 # no hub within reach, as it may be for a user
+os.environ["OMP_NUM_THREADS"] = "1"                # models this small are faster so, and the same
+torch.set_num_threads(1)                           # to the last bit
 
 import data                                            # noqa: E402
 from model import TINY, LoFi                           # noqa: E402
@@ -44,6 +49,14 @@ def rows(phantom):
 def built_model(rows):
     torch.manual_seed(0)
     return LoFi.build(SMALL, data.tokenizer_texts(rows)).eval()
+
+
+@pytest.fixture(scope="session")
+def saved_run(built_model, tmp_path_factory):
+    """The run folder of a small LoFi that was not trained, without trainer.pt."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    built_model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -78,3 +91,42 @@ def run(*command, cwd=ROOT, ok=True, whole=False):
         return done.stderr
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stderr.strip().splitlines()[-1]
+
+
+def made_earlier(folder, minutes):
+    """Give all files of a folder an older time, so that what is written next is newer."""
+    for path in Path(folder).rglob("*"):
+        os.utime(path, (time.time() - 60 * minutes,) * 2)
+
+
+def one_of_two(rank, port, act, args):
+    """What a process that torchrun starts does."""
+    torch.set_num_threads(1)                           # OpenMP's do not survive a fork
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="a")
+    act(*args)
+
+
+def by_two(act, *args):
+    """act(*args) on two processes, forked, as importing takes seconds. Raises what one raises, or
+    if they take more than two minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = torch.multiprocessing.start_processes(one_of_two, (port, act, args), 2, join=False,
+                                                 daemon=True, start_method="fork")
+    end = time.time() + 120
+    while not both.join(max(0, end - time.time())):
+        assert time.time() < end, "the processes wait for each other"
+
+
+def in_two_processes(main, folder, *flags):
+    """main() with these flags, in a folder, on two processes -> what each printed."""
+    def work():
+        os.chdir(folder)
+        sys.argv = ["script.py", *map(str, flags)]
+        with open(f"printed_{os.environ['RANK']}", "w") as printed, \
+                contextlib.redirect_stdout(printed):
+            main()
+    by_two(work)
+    return [Path(folder, f"printed_{rank}").read_text() for rank in (0, 1)]
