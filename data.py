@@ -78,12 +78,14 @@ def read_manifest(data, split=None):
         if problem:
             raise InputError(f"{path}:{number}: {problem}")
         if split in (None, row["split"]):
-            boxes = defaultdict(dict)                          # phrase -> its boxes, each once
+            boxes = defaultdict(list)                          # phrase -> its boxes, each once
             for region in row.get("regions") or []:
-                found = map(tuple, drop_degenerate(region["boxes"]))
-                boxes[one_line(region["phrase"])] |= dict.fromkeys(found)
+                found = boxes[one_line(region["phrase"])]
+                for box in drop_degenerate(region["boxes"]):
+                    if box not in found:
+                        found.append(box)
             rows.append({**row, "report": one_line(row.get("report")),
-                         "regions": [{"phrase": phrase, "boxes": [*map(list, found)]}
+                         "regions": [{"phrase": phrase, "boxes": found}
                                      for phrase, found in boxes.items()],
                          "path": str(path.parent / row["image"])})
     if not rows:
@@ -106,7 +108,8 @@ def study_of(row):
 def box_problem(box):
     """An error message for an invalid box, expected [x0, y0, x1, y1] in fractions; else None."""
     if not (isinstance(box, list) and len(box) == 4
-            and all(type(v) in (int, float) and abs(v) < np.inf for v in box)):  # nor NaN
+            and all(isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
+                    and abs(v) < np.inf for v in box)):        # NaN compares as False
         return "is not a list of 4 numbers, or has one that is not finite"
     if max(box) > 2:
         return ("is not in fractions of the image: divide pixels by its width and height, percent "
@@ -405,9 +408,8 @@ say_once = functools.cache(print)               # the same line only once per pr
 def target_ids(tokenizer, target, most):
     """Token ids of a target and <eos>, at most `most` (not stated in the paper): one that is too
     long ends after its last whole box or sentence, or, if that is its first, within it."""
-    ids = plain_ids(tokenizer, target)
-    glue = "; " if BOX_PATTERN.match(target) else " "
-    parts = target.split(glue) if glue == "; " else split_sentences(target)
+    ids, is_boxes = plain_ids(tokenizer, target), BOX_PATTERN.match(target)
+    parts, glue = (target.split("; "), "; ") if is_boxes else (split_sentences(target), " ")
     while len(ids) >= most and len(parts) > 1:
         parts = parts[:-1]
         ids = plain_ids(tokenizer, glue.join(parts))
@@ -649,6 +651,8 @@ def manifest_notes(rows):
     n_single = sum(len(split_sentences(report)) == 1 for report in reports)
     notes = [f"unknown key {key!r}, not read: {n:,}" for key, n in Counter(
         key for row in rows for key in row.keys() - ROW_KEYS.keys() - {"path"}).items()]
+    if n := len(rows) - len({row["image"] for row in rows}):
+        notes.append(f"rows whose image another row has: {n:,}")
     if 2 * n_single > len(reports):
         notes.append(f"{n_single:,} of {len(reports):,} reports looked at are a single sentence; "
                      "do their sentences end with a full stop?")
@@ -1239,7 +1243,7 @@ def prepare_ms_cxr(args):
 
 def prepare_padchest_gr(args):
     """PadChest-GR -> a manifest (Sec. 3.0.1): all sentences of a study, the boxed ones as pairs.
-    Validation becomes train: together they are the paper's pool."""
+    Validation becomes train: together they are the paper's pool (inferred)."""
     run, splits, rows = Conversion(args), {}, []
     images = files_below(args.images, ".png")
     if not args.table:
@@ -1308,12 +1312,11 @@ def prepare_covid_cxr(args):
                          "scale": scale, "labels": labels, "name": Path(name).stem + ".jpg",
                          "source": args.repo / (line["folder"] or "images") / name,
                          "licence": (name, licence, line["url"])})
-    rows = run.prepare_images(rows)
-    run.finish(rows)
-    text = io.StringIO(newline="")
+    rows, text = run.prepare_images(rows), io.StringIO(newline="")
     csv.writer(text).writerows([("image", "original_file", "licence", "source")] + [
         (row["image"], *row["licence"]) for row in rows])
     write_file(args.out / "LICENSES.csv", lambda draft: draft.write_bytes(text.getvalue().encode()))
+    run.finish(rows)                                           # the manifest last: all is there
 
 
 # ---- errors, files and tables: shared by all scripts ---------------------------------------------
@@ -1336,7 +1339,9 @@ def run_command(main):
     try:
         main()
     except (InputError, OSError) as error:
-        sys.exit(f"{name}: {str(error).strip() or first_line(error)}")
+        # of an error in a DataLoader's worker the last line is ours
+        text = str(error).strip().splitlines() or [first_line(error)]
+        sys.exit(f"{name}: {text[-1].removeprefix('data.InputError: ')}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")
     except (RuntimeError, MemoryError) as error:

@@ -94,7 +94,7 @@ def file_id(path):
 
 def find_demonstrations(encoder, queries, query_emb, source, pool, k, one_manifest=True):
     """k triplets of each query from train and val of a pool, the rows of the manifest `source`
-    (Sec. 3.0.1: both are the paper's pool); print what was left out."""
+    (both are the paper's pool, inferred); print what was left out."""
     rows = with_boxes(row for row in pool if row["split"] != "test")
     if not rows:
         raise InputError(f"{source}: no phrase with boxes in its splits train and val, to take "
@@ -149,7 +149,7 @@ CHAT_TEMPLATE = """\
 
 
 def turns(path, phrase, demonstrations, blind=False):
-    """Chat messages: the demonstrations (given most similar first), the most similar one last,
+    """Chat messages: the demonstrations (given most similar first), the most similar image last,
     then the query. Each image appears once, before its first triplet; with blind, not at all."""
     groups = [list(group) for _, group in
               itertools.groupby(demonstrations, key=lambda triplet: triplet["path"])]
@@ -325,11 +325,10 @@ class InContext:
     def decode(self, prefix, start, prompts, features):
         """Continue the cache of a prefix of `start` tokens with n prompts -> n lists of ids.
 
-        A batch predicts from the last position, so shorter prompts are padded on the left. The
-        sliding window counts positions in the cache, so the prefix must directly precede the rest
-        of its prompt: its copy for a row moves right by the row's padding. The prefix's last
-        tokens, as many as there are padding tokens, no longer fit before `start` and are computed
-        again."""
+        Rows end at one position, so a shorter prompt gets padding on its left, and its copy of the
+        prefix moves right by as much. What moves past `start` is computed again:
+
+            padding 2, start 4:  cache [.. .. p0 p1]  ids from position 4 on: p2 p3 q4 q5"""
         pad, length = self.tokenizer.pad_token_id, max(map(len, prompts))
         shifts = [length - len(prompt) for prompt in prompts]
         ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(shifts, prompts)],
@@ -540,22 +539,26 @@ def ground_set(rows, ground, found, out, is_fresh, by):
 
 def read_answers(out, is_fresh, by):
     """The answers that a predictions file holds -> {(image, phrase): its row}; {} if it is older
-    than the weights or a manifest. A half-written last line is dropped. Raises InputError if they
-    were made in another way."""
+    than the weights or a manifest. A half-written last line is dropped. Raises InputError if it is
+    not a predictions file, or was made in another way."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not is_fresh:
+    lines = out.read_bytes().splitlines(keepends=True) if out.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    try:
+        made_by = {str(json.loads(line)["by"]) for line in whole}
+    except (ValueError, TypeError, LookupError):
+        made_by = {"another program"}
+    if others := made_by - {by}:
+        raise InputError(f"{out}: was written by {min(others)}, not by {by}; name another file "
+                         "with --out")
+    if whole and not is_fresh:
         print(f"{out}: older than the weights or the manifest, started again")
         out.unlink()
-    if out.exists():
-        os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
-    if not out.exists() or not out.stat().st_size:
+    if not whole or not is_fresh:
         return {}
-    answers = metrics.read_predictions(out)
-    if others := {str(answer.get("by")) for answer in answers} - {by}:
-        raise InputError(f"{out}: holds answers by {min(others)}, not by {by}; name another file "
-                         "with --out")
-    print(f"{out}: {len(answers):,} phrases are already answered")
-    return {(answer["image"], answer["phrase"]): answer for answer in answers}
+    os.truncate(out, sum(map(len, whole)))
+    print(f"{out}: {len(whole):,} phrases are already answered")
+    return {(row["image"], row["phrase"]): row for row in metrics.read_predictions(out)}
 
 
 def predictions_file(args, checkpoint, lvlm, k, source, is_one_of_several):
@@ -563,12 +566,14 @@ def predictions_file(args, checkpoint, lvlm, k, source, is_one_of_several):
     name = Path(lvlm).name + ("_blind" if args.blind else "")
     out = retrieve.results_folder(checkpoint) / f"{args.split}_{name}_k{k}.jsonl"
     if args.out:
-        part = "_" + re.sub(r"[^\w.-]+", "_", checkpoint).strip("_") + f"_k{k}"
-        out = Path(args.out).with_stem(Path(args.out).stem + part * is_one_of_several)
-    data_name, pool_name = (data.manifest_path(path).resolve().parent.name
-                            for path in (source, args.pool or source))
-    by = (f"{name}, k {k}, data {data_name} {args.split}, pool {pool_name}, at most "
-          f"{args.max_new_tokens} tokens" + (f", encoder {checkpoint}" if args.out else ""))
+        out = Path(args.out)
+    if args.out and is_one_of_several:
+        part = re.sub(r"[^\w.-]+", "_", checkpoint).strip("_")
+        out = out.with_stem(f"{out.stem}_{part}_k{k}")
+    own, pool = (data.manifest_path(path).resolve() for path in (source, args.pool or source))
+    model = Path(lvlm).resolve() if Path(lvlm).exists() else lvlm
+    by = (f"{model}{' blind' if args.blind else ''}, k {k}, data {own} {args.split}, pool {pool}, "
+          f"at most {args.max_new_tokens} tokens" + (f", encoder {checkpoint}" if args.out else ""))
     return out, by
 
 
@@ -594,7 +599,8 @@ def parse_args():
     add("--phrase", metavar="TEXT", help="the sentence to find on it")
     add("--data", metavar="PATH", help="folder with manifest.jsonl, or that file: the set, and the "
         "pool of demonstrations (default: what --checkpoint was trained on)")
-    add("--split", choices=["train", "val", "test"], default="test", help="(default: %(default)s)")
+    add("--split", choices=["train", "val", "test"], default="test",
+        help="rows to ground (default: %(default)s)")
     add("--out", metavar="FILE", help="picture of an image's answer (default: in runs/), or "
         "predictions of a set, one file for each encoder and k; a stopped run continues there "
         "(default: RUN/SPLIT_LVLM_kK.jsonl)")
@@ -619,7 +625,7 @@ def parse_args():
     add("--max-new-tokens", type=int, default=512, metavar="N",
         help="maximum tokens in a reply; not stated in the paper (default: %(default)s)")
     add("--show-prompt", action="store_true", help="print the (first) prompt of MedGemma before "
-        "the answer; needs none of its weights")
+        "the answer, also where its weights are missing")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -746,7 +752,9 @@ def ground_image(args, lvlm, device, rows, sources, training):
             print(shown_prompt(lvlm, args, encoder, rows[0], found))
         ground = load_grounder(lvlm, args, device, encoder, training)
         [answer] = ground(rows, [found])                       # InContext.__call__ for an LVLM
-    parts = Path(args.image).resolve().parts[-3:]              # so names do not collide
+    if rank_and_world()[0] > 0:
+        return
+    parts = Path(args.image).resolve().parts[1:][-3:]          # so names do not collide
     out = Path(args.out or Path("runs", "_".join(parts) + "_grounded.png"))
     print_answer(answer, found, out, lvlm=lvlm, n_demonstrations=len(found))
     print(f"wrote {out}; next, a set: python icl_ground.py --lvlm {lvlm} --checkpoint "
@@ -763,16 +771,16 @@ def ground_table(args, lvlm, device, rows, sources, training):
         encoder, found = None, [[] for _ in rows]
         if any(ks) or args.show_prompt:
             encoder, rows, found = retrieve_demonstrations(args, checkpoint, device, rows, sources,
-                                                           max(ks))
+                                                           max(args.k))
         if args.show_prompt:
-            say(shown_prompt(lvlm, args, encoder, rows[0], found[0][:ks[0]]))
+            say(shown_prompt(lvlm, args, encoder, rows[0], found[0][:args.k[0]]))
         if ground is None or lvlm == "nearest":
             ground = load_grounder(lvlm, args, device, encoder, training)
         for k in ks:
             out, by = predictions_file(args, checkpoint, lvlm, k, sources[0],
                                        len(encoders) * len(ks) > 1)
             files.append(out)
-            is_fresh = retrieve.is_fresh(out, checkpoint, *sources[:2])
+            is_fresh = retrieve.is_fresh(out, [checkpoint, lvlm], *sources[:2])
             name = Path(lvlm).name + (" (blind)" if getattr(ground, "blind", False) else "")
             title = name if lvlm in ("lofi", "prior") else f"{name}, {checkpoint}, k={k}"
             results[title] = ground_set(

@@ -26,7 +26,8 @@ def sigmoid_loss(image_emb, text_emb, t, b):
 
 
 def captioning_loss(nll, task):
-    """Eq. 2: L_c = -1/R sum over captioning rows of log p_LLM(T | E_I(I), P_c), T the report.
+    """Eq. 2: L_c = -1/R sum over captioning rows of log p_LLM(T | E_I(I), P_c) per token, T the
+    report.
 
     nll, task: (R,). Returns a scalar. L_c, L_g and L_d are each divided by all R rows, not by their
     own, so that their sum is the mean over rows, in which the draw of tau weighs the tasks."""
@@ -44,7 +45,7 @@ def dense_captioning_loss(nll, task):
 
 
 def total_loss(l_s, l_c, l_g, l_d, lam):
-    """L_t = L_s + lambda L_tau, tau in {c, g, d}; lambda weighs the autoregressive loss."""
+    """L_t = L_s + lambda L_tau. Each row drew one tau, so l_c + l_g + l_d is the mean over rows."""
     return l_s + lam * (l_c + l_g + l_d)
 
 

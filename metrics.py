@@ -173,9 +173,9 @@ def bootstrap(rows, n=1000, seed=0):
 def phrase_prior(rows):
     """A grounder that never sees the image: phrase -> its median box in the training rows.
 
-    The boxes of an occurrence are sorted; the r-th answer is the median of all r-th boxes, if at
-    least half of the phrase's occurrences have that many. An unknown phrase gets the median of all
-    boxes. Raises InputError if the rows have no box."""
+    The boxes of an occurrence are sorted; the r-th answer is the median of all r-th boxes, if it is
+    the first or at least half of the phrase's occurrences have as many. An unknown phrase gets the
+    median of all boxes. Raises InputError if the rows have no box."""
     box_lists = defaultdict(list)                                # phrase -> sorted boxes of each
     for row in rows:
         for region in row.get("regions") or []:
@@ -259,7 +259,7 @@ def main():
         print("{}: {TP} of {n_pred} predicted and of {n_gt} true boxes match; mIoU {mIoU:.2%}"
               .format(name, **result["grounding"]))
     if args.json:
-        write_json(args.json, results if len(results) > 1 else results[name])
+        write_json(args.json, results if len(results) > 1 else next(iter(results.values())))
 
 
 if __name__ == "__main__":

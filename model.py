@@ -451,9 +451,9 @@ class LoFi(DualEncoder):
         tokenizer = Path(folder, "tokenizer")
         model = cls(config, build_encoder(config), build_llm(config),
                     load_tokenizer(tokenizer / "text"), load_tokenizer(tokenizer))
-        found, expected = ({(name, tensor.shape) for name, tensor in tensors.items()}
-                           for tensors in (state, model.saved_state()))
-        if wrong := found ^ expected:
+        def shapes(tensors):
+            return {(name, tensor.shape) for name, tensor in tensors.items()}
+        if wrong := shapes(state) ^ shapes(model.saved_state()):
             raise InputError(f"{folder}: {min(wrong)[0]} is missing, unknown or of another size; "
                              "do config.json and model.safetensors come from one run?")
         model.load_state_dict(state, strict=False)             # frozen weights are not in it
@@ -528,7 +528,7 @@ def load_pretrained(cls, source, **options):
         if not issubclass(cls, PreTrainedModel):
             return cls.from_pretrained(source, **options)
         part, report = cls.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{source}: cannot be loaded ({first_line(error).rstrip('. ')}); {advice}")
     if missing := report["missing_keys"]:                      # they would stay random
         raise InputError(f"{source}: {len(missing)} weights of a {cls.__name__} are missing, such "

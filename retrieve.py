@@ -62,7 +62,7 @@ def image_embeddings(encoder, path, rows, batch_size=64):
     the cache if it is fresh. path: the manifest or its folder. Under torchrun each process embeds
     every n-th batch."""
     file, (rank, world) = cache_file(encoder, path, rows), rank_and_world()
-    if is_fresh(file, encoder.source, path, rows):
+    if is_fresh(file, [encoder.source], path, rows):
         try:
             return load_file(file)["emb"]
         except (OSError, SafetensorError, KeyError):
@@ -103,12 +103,12 @@ def results_folder(checkpoint):
     return Path("runs", re.sub(r"[^\w.-]+", "_", str(checkpoint)))
 
 
-def is_fresh(file, checkpoint, *sources):
-    """Whether a file made with a checkpoint is newer than its weights and than the sources, which
+def is_fresh(file, checkpoints, *sources):
+    """Whether a file made with checkpoints is newer than their weights and than the sources, which
     are manifests, or rows with their images."""
     if not Path(file).exists():
         return False
-    paths = [Path(checkpoint or "", "model.safetensors")]
+    paths = [Path(checkpoint or "", "model.safetensors") for checkpoint in checkpoints]
     for source in sources:
         paths += ([row["path"] for row in source] if isinstance(source, list)
                   else [data.manifest_path(source)])
@@ -173,7 +173,8 @@ def category_scores(encoder, rows, image_emb, category):
     """A finding among the manifest's labels -> {"n_images", "AUROC", "P@1", .., "P@10"}.
 
     AUROC is of the cosine with "Nodule." minus that with "No nodule."; None if all images show it,
-    or none. P@K is the share of the K images nearest to "Nodule." that show it."""
+    or none. P@K is the share of the K images nearest to "Nodule." that show it. A miniature, which
+    has learned few texts and none so short, stays near chance."""
     word = category.lower().strip(" .")
     labels = np.array([word in map(str.lower, row["labels"]) for row in rows])
     present, absent = text_embeddings(encoder, [f"{word.capitalize()}.", f"No {word}."])
@@ -205,7 +206,7 @@ def words_of(row):
 def trained_on(checkpoint):
     """The manifest that a run was trained on, by its trainer.pt; runs/phantom_data for a model that
     is no run, and for a phantom run that was moved. Raises InputError if it cannot be found."""
-    own, phantom = Path("runs/phantom_data"), Path("runs/phantom_data")
+    own = phantom = Path("runs/phantom_data")
     if is_run(checkpoint):
         try:
             own = Path(torch.load(Path(checkpoint, "trainer.pt"), map_location="cpu",
@@ -213,10 +214,11 @@ def trained_on(checkpoint):
         except (OSError, RuntimeError, LookupError, pickle.UnpicklingError):
             raise InputError(f"{checkpoint}: trainer.pt, which names its data, is missing or "
                              "damaged; give --data")
-    for path in (own, phantom):
-        if path.exists() and path.name == own.name:
-            return str(path)
-    raise InputError(f"{checkpoint}: {own}, its data, cannot be found; give --data")
+    if not own.exists() and own.name == phantom.name:
+        own = phantom                                          # a phantom run that was moved
+    if not own.exists():
+        raise InputError(f"{checkpoint}: {own}, its data, cannot be found; give --data")
+    return str(own)
 
 
 def search(encoder, args, own, pool, image_emb, k):

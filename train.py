@@ -241,7 +241,7 @@ def train(model, loader, val_rows, optimizers, scaler, first, settings, args, ou
     trainable = [p for p in model.parameters() if p.requires_grad]
     steps, per_step = settings["steps"], args.accumulate * settings["batch-size"]
     is_first_process = rank_and_world()[0] == 0
-    signals = [0]                                              # the last one ends the run; 0: none
+    signals = [0]                       # received; the loop ends after the step in which one comes
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
     bar = tqdm(range(first, steps), "train", initial=first, total=steps, unit="step",
@@ -258,7 +258,7 @@ def train(model, loader, val_rows, optimizers, scaler, first, settings, args, ou
                 gather, (image_emb, text_emb, nll, batch["task_of_row"]))
             t, b = model.siglip.logit_scale.exp(), model.siglip.logit_bias
             l_s = (sigmoid_loss(image_emb, text_emb, t, b) if "s" in objectives    # Eq. 1
-                   else 0 * image_emb.sum())                   # backward() needs a graph
+                   else 0 * b.sum())                           # backward() needs a graph
             l_c = captioning_loss(nll, task)                                       # Eq. 2
             l_g = grounding_loss(nll, task)                                        # Eq. 3
             l_d = dense_captioning_loss(nll, task)                                 # after Eq. 3
@@ -337,8 +337,8 @@ def read_rows(path, objectives):
     if not usable["train"]:
         raise InputError(f"{path}: no row with split 'train' has what --objectives {objectives} "
                          "needs, a report or boxes")
-    for name, rows in usable.items():
-        if n := len(split[name]) - len(rows):
+    for name, kept in usable.items():
+        if n := len(split[name]) - len(kept):
             say(f"left out {n} {name} images: no text or box for --objectives {objectives}")
     return {**split, "val": usable["val"]}, usable["train"]
 
@@ -389,7 +389,7 @@ def build_model(args, source, rows, world):
     n_cut, n_targets = data.count_cut_targets(model.llm_tokenizer, rows, config.max_target)
     if n_cut:
         say(f"{n_cut:,} of {n_targets:,} targets have {config.max_target} tokens or more: they end "
-            "after a whole sentence or box")
+            "after the last whole sentence or box that fits")
     return model, batch_size
 
 
@@ -539,7 +539,7 @@ LoFi never learns that a finding is absent: it answers almost any phrase with bo
 def finish_run(out, model, split, n_rows, settings, began):
     """Evaluate on the test split, write metrics.json and README.md, print the next commands."""
     print(f"saved {out}")
-    results, tables = {}, ["not evaluated: no test split, or frozen towers with random weights"]
+    results, tables = {}, ["not evaluated: no test split, or frozen parts with random weights"]
     if split["test"]:
         results, tables = evaluate(model, split["test"], split["train"], settings["objectives"])
     else:
@@ -647,8 +647,8 @@ def main():
     model, batch_size = build_model(args, out if resumes else args.init, rows, world)
     model.to(device)
     config = model.config
-    if config.lora_rank and not config.encoder:
-        split["val"] = split["test"] = []                      # frozen towers would stay random
+    if config.lora_rank and not config.encoder or config.llm_lora_rank and not config.llm:
+        split["val"] = split["test"] = []                      # frozen parts would stay random
 
     # schedule; what a resumed run must have in common with its first part
     per_epoch = batches_per_epoch(len(rows), batch_size, args.objectives, world)
@@ -658,6 +658,7 @@ def main():
     settings = {
         "data": str(Path(path).resolve()),
         "manifest": hashlib.sha256(data.manifest_path(path).read_bytes()).hexdigest(),
+        "encoder": args.encoder or config.encoder, "llm": args.llm or config.llm,
         "objectives": args.objectives, "lambda": config.lam, "lr": config.lr, "steps": steps,
         "batch-size": batch_size, "batches an epoch": per_epoch, "accumulate": args.accumulate,
         "seed": args.seed, "augment": config.augment}

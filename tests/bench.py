@@ -9,6 +9,7 @@
     paper        the paper's sizes with random weights: loop, bare step, memory, hours of 10 epochs
     neighbours   on the default run: how often do the nearest images share a finding?
     similarity   on the default run: does it tell the phrases of an image from others?
+    picture      on the default run: draw the README's picture
     ablate       objectives and lambda (Fig. 4) on the phantom, 3 seeds each, 15 runs
 
 Each figure is printed as soon as it is known. Machines are shared and differ, so a figure alone
@@ -47,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data                                            # noqa: E402
+import icl_ground                                      # noqa: E402
 import losses                                          # noqa: E402
 import metrics                                         # noqa: E402
 import train                                           # noqa: E402
@@ -613,6 +615,25 @@ def bench_similarity(tiny, run=RUN):
     yield "mean similarity of foreign phrases", values[~present].mean()
 
 
+def bench_picture(tiny, run=RUN):
+    """Draw the README's picture, .github/phantom.png: the answers to the first phrase of each of the
+    first five test images; below, the first one again, with its demonstrations."""
+    model, (folder, rows) = LoFi.from_pretrained(run), rows_of_test(run, tiny)
+    rows = [{**row, "regions": row["regions"][:1]} for row in icl_ground.with_boxes(rows)[:5]]
+    answers = icl_ground.lofi_answers(model, rows)
+    images = [data.load_image(row["path"]) for row in rows]
+    cells = [icl_ground.answer_cell(*pair) for pair in zip(images, answers)]
+    [found] = icl_ground.find_demonstrations(model, rows[:1], model.encode_image(rows[0]["path"]),
+                                             folder, data.read_manifest(folder), 40)
+    below = icl_ground.figure(images[0], answers[0], found)
+    above = data.tile(cells, 5)
+    sheet = Image.new("RGB", (above.width, above.height + below.height))
+    sheet.paste(above)
+    sheet.paste(below, (0, above.height))
+    sheet.quantize(128).save(ROOT / ".github" / "phantom.png", optimize=True)
+    yield "images drawn", len(cells)
+
+
 # ---- ablate -------------------------------------------------------------------------------------
 
 ABLATIONS = {"s": ["--objectives", "s"], "s, c": ["--objectives", "sc"], "s, c, g, d": [],
@@ -667,7 +688,7 @@ def bench_ablate(tiny):
 
 BENCHMARKS = {"retrieve": bench_retrieve, "icl": bench_icl, "prepare": bench_prepare,
               "train": bench_train, "paper": bench_paper, "neighbours": bench_neighbours,
-              "similarity": bench_similarity, "ablate": bench_ablate}
+              "similarity": bench_similarity, "picture": bench_picture, "ablate": bench_ablate}
 
 
 def main():

@@ -249,17 +249,19 @@ def test_notes_say_what_is_odd():
     val, test = ({**row, "patient": split, "split": split, "image": split} for split in
                  ("val", "test"))
     assert data.manifest_notes([row, val, test]) == []
+    assert data.manifest_notes([row, row, val, test]) == ["rows whose image another row has: 1"]
     odd = {"image": "b", "study": "s", "patient": "p", "split": "test", "reports": "Clear."}
     notes = data.manifest_notes([row, odd, {**odd, "image": "c", "patient": "q"}])
     assert notes == ["unknown key 'reports', not read: 2", "no rows of split 'val'",
                      "patients both in train and in test, so scores mislead: 1, such as 'p'"]
-    single = {**row, "report": "clear lungs, normal heart"}
+    single = {**row, "report": "clear lungs, normal heart", "image": "single"}
     assert data.manifest_notes([row, single, val, test]) == []          # 1 of 4
     [note] = data.manifest_notes([single, {**val, "report": "One line"}, test])
     assert note.startswith("2 of 3 reports looked at are a single sentence; ")
     # of many reports a part is looked at, from all over the set: a third of these, the first, has
     # two sentences
-    many = [row] * 3000 + [single] * 6000 + [val, test]
+    many = [{**kind, "image": f"{n}"} for n, kind in
+            enumerate([row] * 3000 + [single] * 6000)] + [val, test]
     [note] = data.manifest_notes(many)
     n_single, n = map(int, re.match("(.*) of (.*) reports", note).groups())
     assert 500 < n < 1000 and abs(n_single - n * 2 / 3) < 2

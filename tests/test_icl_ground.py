@@ -757,16 +757,17 @@ def test_answers_made_in_another_way_are_not_continued(call, phantom, run_dir, t
     call(*first, "--out", out)
     [file] = [tmp_path / name for name in predictions_in(call(*first)[0])]
     whole = out.read_bytes(), file.read_bytes()
-    assert [json.loads(line)["by"] for line in open(out)].count(
-        f"nearest, k 2, data set test, pool set, at most 512 tokens, encoder {run_dir}") \
-        == len(open(out).readlines())
+    manifest = tmp_path / "set" / "manifest.jsonl"
+    assert {json.loads(line)["by"] for line in open(out)} == {
+        f"nearest, k 2, data {manifest} test, pool {manifest}, at most 512 tokens, encoder "
+        f"{run_dir}"}
     for to, *changes in (
             (("--out", out), ("--lvlm", "prior"), ("--k", 3), ("--pool", "pool"),
              ("--data", "pool"), ("--split", "val"), ("--checkpoint", "again"),
              ("--max-new-tokens", 9)),
             ((), ("--pool", "pool"), ("--data", "pool"), ("--max-new-tokens", 9))):
         for change in changes:
-            with pytest.raises(InputError, match="holds answers by nearest, k 2, .*--out") as error:
+            with pytest.raises(InputError, match="was written by nearest, k 2, .*--out") as error:
                 call(*first, *to, *change)
             assert "\n" not in str(error.value)
         assert "are already answered" in call(*first, *to)[0]
@@ -775,7 +776,8 @@ def test_answers_made_in_another_way_are_not_continued(call, phantom, run_dir, t
 
 def test_a_model_away_from_its_data_grounds_another_set(call, phantom, run_dir, tmp_path):
     """Guards against --data that is asked for although it was given, where the run's own data are
-    not on this machine; and of two sets with one name, answers to the pictures of the other."""
+    not on this machine; and of two sets with one name, answers to the pictures of the other: the
+    second one is refused under the default name, and has its own scores under another."""
     torch.save({"settings": {"data": "/elsewhere/mimic"}}, run_dir / "trainer.pt")
     second = shutil.copytree(phantom, tmp_path / "b" / "phantom")
     rows = [json.loads(line) for line in open(phantom / "manifest.jsonl")]
@@ -788,6 +790,10 @@ def test_a_model_away_from_its_data_grounds_another_set(call, phantom, run_dir, 
     for path in (phantom, second):
         args = ("--data", path, "--checkpoint", run_dir, "--lvlm", "nearest", "--k", 2, "--json",
                 "p.json")
+        if files:
+            with pytest.raises(InputError, match="name another file with --out"):
+                call(*args)
+            args += ("--out", tmp_path / "second.jsonl")
         files += predictions_in(call(*args)[0])
         of_file = {(row["image"], row["phrase"]): row
                    for row in metrics.read_predictions(files[-1])}
@@ -797,7 +803,7 @@ def test_a_model_away_from_its_data_grounds_another_set(call, phantom, run_dir, 
         assert [row["boxes"] for row in expected] == [region["boxes"] for _, region in regions]
         scores = json.load(open(tmp_path / "p.json"))["grounding"]
         assert scores == metrics.grounding_metrics(expected)
-    assert files[0] == files[1]
+    assert files[0] != files[1]
 
 
 def test_predictions_of_older_weights_or_manifests_are_made_anew(call, phantom, run_dir, tmp_path):
