@@ -1373,10 +1373,9 @@ def write_json(path, value):
 
 def check_output(path, suffix, image=None):
     """Raise InputError unless an output has its suffix and is not the image that is read."""
-    if Path(path).suffix != suffix or Path(path).is_dir():
-        raise InputError(f"{path}: expected a {suffix} file to write")
-    if image and Path(path).exists() and os.path.samefile(path, image):
-        raise InputError(f"{path}: is the image itself; choose another output path")
+    is_image = image and Path(path).exists() and os.path.samefile(path, image)
+    if Path(path).suffix != suffix or Path(path).is_dir() or is_image:
+        raise InputError(f"{path}: expected a {suffix} file to write, not the image itself")
 
 
 def check_ranges(args, ranges):

@@ -37,9 +37,6 @@ def recall_at_k(ranked, query_ids, candidate_ids, ks=(1, 5, 10, 20, 40)):
     """R@K = share of queries with one of their own among the first K candidates (Table 1).
     ranked: (Q, >= min(max(ks), C)) candidate indices, best first; ids: (Q,) and (C,) images."""
     n_queries, n = len(query_ids), len(candidate_ids)
-    if not n_queries or not n:
-        raise InputError(f"got {n_queries} queries and {n} candidates, expected at least one query "
-                         "and one candidate")
     ranked = np.asarray(ranked)[:, :max(ks)]
     assert ranked.shape == (n_queries, min(max(ks), n)) and ranked.min() >= 0, ranked.shape
     own = np.asarray(candidate_ids)[ranked] == np.asarray(query_ids)[:, None]   # (Q, n_ranks)

@@ -348,9 +348,7 @@ def find_config(args, start):
     preset = args.preset or ("paper" if args.data else "tiny")
     names = ["lam", "batch_size", "lr", "augment"]             # flags that change it
     if start:
-        config = start
-        if args.preset not in (None, start.preset):
-            raise InputError(f"--preset {preset}: the run to start from has preset {start.preset}")
+        config = start                                         # it has a preset already
     else:
         config = PHANTOM if preset == "tiny" and not args.data else PRESETS[preset]
         if args.random_init:

@@ -616,7 +616,7 @@ def bench_similarity(tiny, run=RUN):
 
 
 def bench_picture(tiny, run=RUN):
-    """Draw the README's picture, .github/phantom.png: the answers to the first phrase of each of the
+    """Draw the README's picture, .github/phantom.png: the answers to the first phrases of the
     first five test images; below, the first one again, with its demonstrations."""
     model, (folder, rows) = LoFi.from_pretrained(run), rows_of_test(run, tiny)
     rows = [{**row, "regions": row["regions"][:1]} for row in icl_ground.with_boxes(rows)[:5]]
