@@ -548,15 +548,18 @@ def read_answers(out, is_fresh, by):
         made_by = {str(json.loads(line)["by"]) for line in whole}
     except (ValueError, TypeError, LookupError):
         made_by = {"another program"}
+    if lines and not lines[0].startswith(b'{"image": '):
+        made_by = {"another program"}
     if others := made_by - {by}:
         raise InputError(f"{out}: was written by {min(others)}, not by {by}; name another file "
                          "with --out")
     if whole and not is_fresh:
         print(f"{out}: older than the weights or the manifest, started again")
-        out.unlink()
-    if not whole or not is_fresh:
+        whole = []
+    if lines:
+        os.truncate(out, sum(map(len, whole)))
+    if not whole:
         return {}
-    os.truncate(out, sum(map(len, whole)))
     print(f"{out}: {len(whole):,} phrases are already answered")
     return {(row["image"], row["phrase"]): row for row in metrics.read_predictions(out)}
 

@@ -774,6 +774,19 @@ def test_answers_made_in_another_way_are_not_continued(call, phantom, run_dir, t
     assert whole == (out.read_bytes(), file.read_bytes())
 
 
+def test_half_a_first_answer_is_dropped_and_other_files_are_kept(tmp_path):
+    """Guards against answers appended to half a line, and a user's file that is cut or deleted."""
+    out = tmp_path / "a.jsonl"
+    out.write_text('{"image": "a.png", "phr')
+    assert icl_ground.read_answers(out, True, "x") == {} and out.read_text() == ""
+    for text in ("my notes", '{"image": "a.png", "study": "s"}\n', '{"step": 1}\n{"st', "[]\n"):
+        out.write_text(text)
+        for is_fresh in (True, False):
+            with pytest.raises(InputError, match="another program"):
+                icl_ground.read_answers(out, is_fresh, "x")
+        assert out.read_text() == text
+
+
 def test_a_model_away_from_its_data_grounds_another_set(call, phantom, run_dir, tmp_path):
     """Guards against --data that is asked for although it was given, where the run's own data are
     not on this machine; and of two sets with one name, answers to the pictures of the other: the
